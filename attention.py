@@ -1,0 +1,123 @@
+"""Attention of the Stable Diffusion 1.x UNet. Module names are those of the diffusers checkpoint.
+
+A layer whose map is asked for computes softmax(Q K^T / sqrt(d)) in the open and returns it; every other layer
+uses PyTorch's fused kernel. Maps are return values: there is no hook and no store (CLoRA, section 3.1).
+
+Shapes: B rows, N image tokens (h * w), T text tokens (77), C channels, D text width, H heads, A adapters.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora import LoRAConv2d, LoRALinear
+
+
+def attention_probs(query: Tensor, key: Tensor) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) in float32: query [B, H, N, d], key [B, H, T, d] -> [B, H, N, T]."""
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5                # [B, H, N, T]
+    return scores.float().softmax(dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; self-attention when `context` is None."""
+
+    def __init__(self, channels: int, context_dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = LoRALinear(channels, channels, bias=False)
+        self.to_k = LoRALinear(context_dim, channels, bias=False)
+        self.to_v = LoRALinear(context_dim, channels, bias=False)
+        # A list because the checkpoint says to_out.0; its entry 1 was a dropout without weights.
+        self.to_out = nn.ModuleList([LoRALinear(channels, channels)])
+
+    def forward(self, x: Tensor, context: Tensor | None = None, adapters: Tensor | None = None,
+                want_map: bool = False, only_map: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x [B, N, C], context [B, T, D] -> (out [B, N, C], probs [B, H, N, T] or None)."""
+        context = x if context is None else context
+        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)         # noqa: E731  [B, H, *, d]
+        query, key = split(self.to_q(x, adapters)), split(self.to_k(context, adapters))
+        probs = attention_probs(query, key) if want_map else None                   # [B, H, N, T]
+        if only_map:
+            return x, probs
+        value = split(self.to_v(context, adapters))                                 # [B, H, T, d]
+        if probs is None:
+            out = F.scaled_dot_product_attention(query, key, value)
+        else:
+            out = probs.to(value.dtype) @ value                                     # [B, H, N, d]
+        out = out.transpose(1, 2).flatten(-2)                                       # [B, N, C]
+        return self.to_out[0](out, adapters), probs
+
+
+class GEGLU(nn.Module):
+    def __init__(self, channels: int, inner: int):
+        super().__init__()
+        self.proj = LoRALinear(channels, inner * 2)
+
+    def forward(self, x: Tensor, adapters: Tensor | None = None) -> Tensor:
+        """x [B, N, C] -> [B, N, inner]."""
+        x, gate = self.proj(x, adapters).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        # Identity keeps the checkpoint's numbering: net.1 was a dropout.
+        self.net = nn.ModuleList([GEGLU(channels, channels * 4), nn.Identity(), LoRALinear(channels * 4, channels)])
+
+    def forward(self, x: Tensor, adapters: Tensor | None = None) -> Tensor:
+        """x [B, N, C] -> [B, N, C]."""
+        return self.net[2](self.net[0](x, adapters), adapters)
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, cross-attention with the text, feed-forward; each after a norm and with a skip."""
+
+    def __init__(self, channels: int, context_dim: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, channels, heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, context_dim, heads)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, context: Tensor, adapters: Tensor | None = None,
+                want_map: bool = False, only_map: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x [B, N, C], context [B, T, D] -> (x [B, N, C], cross-attention probs [B, H, N, T] or None)."""
+        x = x + self.attn1(self.norm1(x), None, adapters)[0]
+        out, probs = self.attn2(self.norm2(x), context, adapters, want_map, only_map)
+        if only_map:
+            return x, probs
+        x = x + out
+        return x + self.ff(self.norm3(x), adapters), probs
+
+
+class Transformer2DModel(nn.Module):
+    """Pixels to tokens, transformer blocks, tokens back to pixels, and a skip around it all."""
+
+    def __init__(self, channels: int, context_dim: int, heads: int, depth: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = LoRAConv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(
+            [BasicTransformerBlock(channels, context_dim, heads) for _ in range(depth)])
+        self.proj_out = LoRAConv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor, adapters: Tensor | None = None,
+                want_map: bool = False, only_map: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x [B, C, h, w], context [B, T, D] -> (x [B, C, h, w], probs of the last block [B, H, h*w, T] or None).
+
+        `only_map` stops as soon as the map exists: what comes back as x is then not an output.
+        """
+        probs = None
+        tokens = self.proj_in(self.norm(x), adapters).flatten(2).transpose(1, 2)    # [B, N, C]
+        for block in self.transformer_blocks:
+            last = block is self.transformer_blocks[-1]
+            tokens, probs = block(tokens, context, adapters, want_map and last, only_map and last)
+        if only_map:
+            return x, probs
+        out = tokens.transpose(1, 2).unflatten(2, x.shape[2:])                      # [B, C, h, w]
+        return x + self.proj_out(out, adapters), probs
