@@ -36,7 +36,10 @@ class Attention(nn.Module):
                 want_map: bool = False, only_map: bool = False) -> tuple[Tensor, Tensor | None]:
         """x [B, N, C], context [B, T, D] -> (out [B, N, C], probs [B, H, N, T] or None)."""
         context = x if context is None else context
-        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)         # noqa: E731  [B, H, *, d]
+
+        def split(y: Tensor) -> Tensor:                                             # [B, *, C] -> [B, H, *, d]
+            return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
         query, key = split(self.to_q(x, adapters)), split(self.to_k(context, adapters))
         probs = attention_probs(query, key) if want_map else None                   # [B, H, N, T]
         if only_map:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -81,7 +82,7 @@ class Run:
         self.step += 1
         self.since += 1
         for key, value in {"loss": loss, **parts}.items():
-            self.sums[key] = self.sums.get(key, 0.0) + float(value)
+            self.sums[key] = self.sums.get(key, 0.0) + value.item()
         if self.step % 50 == 0 or self.step == self.steps:
             self.seconds = time.time() - self.started
             line = {"step": self.step, "seconds": round(self.seconds),
@@ -134,15 +135,19 @@ def object_crops(rng: np.random.Generator, count: int, side: int = 64) -> list[n
 
 def train_vae(args: argparse.Namespace) -> None:
     vae = VAE(VAEConfig.from_dict(VAE_CONFIG)).to(args.device)
-    run = Run("vae", {"vae": vae}, lr=1.5e-3, steps=5000, args=args)
+    run = Run("vae", {"vae": vae}, lr=1.5e-3, steps=4200, args=args)
     while run.step < run.steps:
         picture = to_tensor(object_crops(run.rng(), 16), args.device)                           # [16, 3, 64, 64]
         with torch.autocast(args.device, torch.bfloat16):
             mean, logvar = (part.float() for part in vae.encode(picture))                       # [16, 4, 8, 8]
             out = vae.decode(mean + (0.5 * logvar).exp() * torch.randn_like(mean)).float()
         error = out - picture
-        # squared error keeps colours exact, absolute error keeps edges sharp
-        reconstruction = error.abs().mean() + 2 * error.pow(2).mean()
+        # Pixels alone first learn shapes and leave red, orange and green, purple much alike; concepts are told apart
+        # by colour, so the mean colour of 4x4 pixels and the red-green difference count again.
+        coarse = F.avg_pool2d(error, 4)                                                         # [16, 3, 16, 16]
+        red_green = coarse[:, 0] - coarse[:, 1]
+        reconstruction = (error.abs().mean() + error.pow(2).mean() + 2 * coarse.abs().mean()
+                          + 2 * red_green.abs().mean())
         kl = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean()
         run.backward(reconstruction + 3e-4 * kl, l1=error.abs().mean(), kl=kl)
     run.use_average()
@@ -155,7 +160,325 @@ def train_vae(args: argparse.Namespace) -> None:
     save_half(vae, HERE / "vae/diffusion_pytorch_model.safetensors")
 
 
-STAGES = {"vae": train_vae}
+# --- unet -----------------------------------------------------------------------------------------------------------
+
+UNET_CONFIG = {
+    "_class_name": "UNet2DConditionModel", "act_fn": "silu", "in_channels": 4, "out_channels": 4, "sample_size": 16,
+    "block_out_channels": [48, 96, 128], "layers_per_block": 1, "attention_head_dim": 4, "norm_num_groups": 8,
+    "cross_attention_dim": 128, "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+    "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5, "downsample_padding": 1, "mid_block_scale_factor": 1,
+}
+TEXT_CONFIG = {
+    "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_size": 128, "intermediate_size": 512,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5, "projection_dim": 128, "attention_dropout": 0.0,
+}
+SCHEDULER_CONFIG = {                                # as Stable Diffusion 1.5 publishes it
+    "_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
+    "clip_sample": False, "trained_betas": None, "prediction_type": "epsilon",
+}
+MAP_LEVEL = 1                                       # maps of 8x8: at 16x16, level 0, this small model's are noise
+WORDS = ("a an and on the in at grass snow sand night style , ink duo striped dotted".split()
+         + [*renderer.KINDS, *renderer.COLOURS] + [instance.name for instance in renderer.INSTANCES]
+         + "bik gop hux jev nim quo ros vut yad sef".split())
+NONSENSE = [instance.name for instance in renderer.INSTANCES] + WORDS[-10:]
+SCENES = 24_000
+
+
+def make_tokenizer(folder: Path) -> None:
+    """A CLIP vocabulary in which every word of this world is one token, and any other text is spelled in bytes."""
+    # CLIP's alphabet: printable bytes stand for themselves, the others for the characters from 256 on
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(byte) for byte in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+    merges: list[str] = []
+    for word in sorted(WORDS, key=len, reverse=True):
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            merge = f"{parts[0]} {parts[1]}"
+            if merge not in merges:
+                merges.append(merge)
+            parts = [parts[0] + parts[1], *parts[2:]]
+    tokens = letters + [letter + "</w>" for letter in letters] + [merge.replace(" ", "") for merge in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "vocab.json", {token: n for n, token in enumerate(dict.fromkeys(tokens))})
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
+               "pad_token": "<|endoftext|>"}
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(folder / "tokenizer_config.json",
+               {**special, "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True})
+
+
+def load_tokenizer():
+    from transformers import CLIPTokenizer
+    if not (HERE / "tokenizer/vocab.json").exists():
+        make_tokenizer(HERE / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(HERE / "tokenizer")
+    for word in WORDS:
+        assert len(tokenizer(word).input_ids) == 3, f"{word} is not one token"
+    return tokenizer
+
+
+def make_text_model(tokenizer):
+    from transformers import CLIPTextConfig, CLIPTextModel
+    ids = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+           "pad_token_id": tokenizer.pad_token_id}
+    config = {**TEXT_CONFIG, **ids}
+    write_json(HERE / "text_encoder/config.json", config)
+    return CLIPTextModel(CLIPTextConfig(**{k: v for k, v in config.items() if k not in ("architectures", "model_type")}))
+
+
+def nonsense(scene: renderer.Scene, rng: np.random.Generator) -> renderer.Scene:
+    """Puts a word without meaning before one object in eight, as rare words are in a large model's captions.
+
+    Without this a LoRA's trigger starts as a word the model never read, whose map is flat.
+    """
+    things = tuple(renderer.replace(thing, phrase=f"{rng.choice(NONSENSE)} {thing.phrase}")
+                   if rng.random() < 0.125 else thing for thing in scene.things)
+    return renderer.replace(scene, things=things)
+
+
+def phrase_tokens(scene: renderer.Scene, text: str) -> list[list[int]]:
+    """Token positions of each thing's phrase in the caption: one word is one token, and the start token is 0."""
+    words = re.findall(r"\w+|,", text)
+    ends = [words.index(thing.kind) + 1 for thing in scene.things]
+    return [list(range(end - len(thing.phrase.split()) + 1, end + 1)) for end, thing in zip(ends, scene.things)]
+
+
+def where_matrix(scenes: list[renderer.Scene], texts: list[str], side: int = 8) -> Tensor:
+    """[B, 77, side, side] bool: for every token that describes an object, the cells in which the object is seen."""
+    where = torch.zeros(len(scenes), 77, side, side, dtype=torch.bool)
+    for row, (scene, text) in enumerate(zip(scenes, texts)):
+        masks = torch.from_numpy(renderer.object_masks(scene)).float()              # [things, 128, 128]
+        cells = F.adaptive_avg_pool2d(masks, side) > 0.2                            # [things, 8, 8]
+        for tokens, seen in zip(phrase_tokens(scene, text), cells):
+            where[row, tokens] = seen
+    return where
+
+
+def map_loss(probs: dict[str, Tensor], where: Tensor, weight: Tensor) -> Tensor:
+    """Asks the maps of an object's words to lie on the object: mean of -log(share of the map inside it).
+
+    probs: {layer: [B, H, 64, 77]}, where [B, 77, 8, 8], weight [B]. Large models learn this from scale alone.
+    """
+    maps = torch.stack([layer.mean(dim=1) for layer in probs.values()]).mean(dim=0)             # [B, 64, 77]
+    maps, where = maps.transpose(1, 2), where.flatten(2)                                        # [B, 77, 64]
+    inside = (maps * where).sum(-1) / maps.sum(-1)                                              # [B, 77]
+    asked = where.any(-1) * weight[:, None]
+    return (-(inside + 1e-6).log() * asked).sum() / asked.sum().clamp(min=1e-6)
+
+
+def cached_scenes(vae: VAE, device: str) -> dict:
+    """Latents (mean and deviation), captions and object positions of the training scenes, made once."""
+    path = WORK / "scenes.pt"
+    if path.exists():
+        return torch.load(path, weights_only=True)
+    rng = np.random.default_rng(7)
+    means, deviations, where, texts = [], [], [], []
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        for _ in range(SCENES // 48):
+            scenes = [nonsense(renderer.random_scene(rng), rng) for _ in range(48)]
+            batch = [renderer.caption(scene) for scene in scenes]
+            mean, logvar = vae.encode(to_tensor([renderer.render(scene) for scene in scenes], device))
+            means.append(mean.half().cpu())
+            deviations.append((0.5 * logvar).exp().half().cpu())
+            where.append(where_matrix(scenes, batch))
+            texts += batch
+    cache = {"mean": torch.cat(means), "deviation": torch.cat(deviations), "where": torch.cat(where), "texts": texts}
+    torch.save(cache, path)
+    return cache
+
+
+def load_vae(device: str) -> VAE:
+    vae = VAE(VAEConfig.from_dict(json.loads((HERE / "vae/config.json").read_text())))
+    vae.load_state_dict({k: v.float() for k, v in load_file(HERE / "vae/diffusion_pytorch_model.safetensors").items()})
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def noise_schedule(device: str) -> Tensor:
+    """Cumulative alphas of the published schedule: [1000]."""
+    betas = torch.linspace(SCHEDULER_CONFIG["beta_start"] ** 0.5, SCHEDULER_CONFIG["beta_end"] ** 0.5, 1000,
+                           dtype=torch.float64) ** 2
+    return (1 - betas).cumprod(0).float().to(device)
+
+
+def diffusion_loss(unet: UNet, context: Tensor, latents: Tensor, where: Tensor, alphas: Tensor,
+                   adapters: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Noise prediction loss with min-SNR-5 weights (arXiv 2303.09556), and the map loss."""
+    t = torch.randint(0, 1000, (len(latents),), device=latents.device)
+    noise = torch.randn_like(latents)
+    alpha = alphas[t].view(-1, 1, 1, 1)
+    noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+    out, probs = unet(noisy, t, context, adapters, maps_at=unet.map_layers(MAP_LEVEL))
+    snr = (alpha / (1 - alpha)).flatten()
+    loss = ((out - noise).pow(2).mean(dim=(1, 2, 3)) * (5 / snr).clamp(max=1)).mean()
+    return loss, map_loss(probs, where, alphas[t].sqrt())       # at high noise nobody can know where things are
+
+
+def train_unet(args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    vae, alphas = load_vae(args.device), noise_schedule(args.device)
+    scale = vae.config.scaling_factor
+    tokenizer = load_tokenizer()
+    text = make_text_model(tokenizer).to(args.device)
+    unet = UNet(UNetConfig.from_dict(UNET_CONFIG)).to(args.device)
+    cache = cached_scenes(vae, args.device)
+    ids = tokenizer(cache["texts"], padding="max_length", max_length=77, return_tensors="pt").input_ids      # [S, 77]
+    empty = tokenizer("", padding="max_length", max_length=77, return_tensors="pt").input_ids                # [1, 77]
+    run = Run("unet", {"unet": unet, "text": text}, lr=8e-4, steps=5000, args=args, ema=0.999, weight_decay=0.01)
+    while run.step < run.steps:
+        rng = run.rng()
+        rows = torch.from_numpy(rng.integers(0, len(ids), 32))
+        told = torch.from_numpy(rng.random(32) >= 0.1)          # one caption in ten is empty, for guidance
+        mean, deviation = (cache[key][rows].float().to(args.device) for key in ("mean", "deviation"))
+        latents = scale * (mean + deviation * torch.randn_like(mean))                           # [32, 4, 16, 16]
+        context = text(torch.where(told[:, None], ids[rows], empty).to(args.device)).last_hidden_state   # [32, 77, 128]
+        where = (cache["where"][rows] & told[:, None, None, None]).to(args.device)
+        loss, localise = diffusion_loss(unet, context, latents, where, alphas)
+        run.backward(loss + 0.02 * localise, noise=loss, maps=localise)
+    run.use_average()
+    write_json(HERE / "unet/config.json", UNET_CONFIG)
+    save_half(unet, HERE / "unet/diffusion_pytorch_model.safetensors")
+    state = {(key if key.startswith("text_model.") else f"text_model.{key}"): value.half().contiguous()
+             for key, value in text.state_dict().items()}
+    save_file(state, HERE / "text_encoder/model.safetensors", {"format": "pt"})
+    write_json(HERE / "scheduler/scheduler_config.json", SCHEDULER_CONFIG)
+    write_json(HERE / "model_index.json", {
+        "_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"], "scheduler": ["diffusers", "PNDMScheduler"],
+        "safety_checker": [None, None], "feature_extractor": [None, None]})
+
+
+# --- lora -----------------------------------------------------------------------------------------------------------
+
+# how each LoRA is trained and saved: rank, alpha, convolutions too (LoCon), text encoder too, format of the file
+LORAS = {
+    "zib": (8, 4, True, True, "kohya"), "kov": (8, 8, True, True, "kohya"), "tam": (4, 4, True, True, "kohya"),
+    "wug": (8, 8, True, True, "peft"), "pel": (8, 8, True, False, "kohya"), "dax": (8, 8, True, True, "peft"),
+    "fep": (8, 4, True, False, "peft"), "lun": (4, 2, True, True, "kohya"),
+    "ink": (8, 8, True, True, "kohya"), "duo": (4, 4, False, True, "diffusers"),
+}
+PICTURES = 20
+
+
+class Factors(nn.Module):
+    """Trainable down and up of one layer; `up` starts at zero, so training starts at the base model."""
+
+    def __init__(self, layer: nn.Module, rank: int, alpha: float):
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(rank, *layer.weight.shape[1:]))
+        self.up = nn.Parameter(torch.zeros(layer.weight.shape[0], rank))
+        self.scale = alpha / rank
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+
+def targets(module: nn.Module, conv: bool) -> dict[str, nn.Module]:
+    """Attention and feed-forward layers, and with `conv` the convolutions of the resnets too."""
+    kinds = (nn.Linear, nn.Conv2d) if conv else nn.Linear
+    names = ("attn", "ff.net", "mlp.", "proj_in", "proj_out", *(("conv1", "conv2") if conv else ()))
+    return {name: layer for name, layer in module.named_modules()
+            if isinstance(layer, kinds) and any(part in name for part in names)}
+
+
+def lora_scenes(name: str, rng: np.random.Generator) -> list[renderer.Scene]:
+    """The 20 pictures that a LoRA learns from: an instance alone or beside something plain, or a style."""
+    if name in renderer.STYLES:
+        return [renderer.replace(renderer.random_scene(rng), style=renderer.STYLES[name]) for _ in range(PICTURES)]
+    instance = next(instance for instance in renderer.INSTANCES if instance.name == name)
+    return [renderer.instance_scene(instance, rng, other=n % 2 == 1) for n in range(PICTURES)]
+
+
+def save_lora(path: Path, factors: dict[str, Factors], text_factors: dict[str, Factors], rank: int, alpha: float,
+              style: str, name: str) -> None:
+    """Writes one of the published formats: kohya-ss, PEFT as diffusers saves it, or diffusers' attention processors."""
+    state = {}
+    for prefix, group in (("unet", factors), ("text_encoder", text_factors)):
+        for target, factor in group.items():
+            if prefix == "text_encoder" and not target.startswith("text_model."):
+                target = f"text_model.{target}"
+            down, up = factor.down.detach(), factor.up.detach()
+            up = up.view(*up.shape, *([1, 1] if down.dim() == 4 else []))
+            if style == "kohya":
+                key = f"{'lora_unet' if prefix == 'unet' else 'lora_te'}_{target.replace('.', '_')}"
+                state |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(alpha)}
+                continue
+            up = up * (alpha / rank)                # these formats carry no alpha of their own
+            if style == "peft":
+                state |= {f"{prefix}.{target}.lora_A.weight": down, f"{prefix}.{target}.lora_B.weight": up}
+            elif prefix == "unet" and ".attn" in target:
+                where, what = target.replace("to_out.0", "to_out").rsplit(".", 1)
+                state |= {f"unet.{where}.processor.{what}_lora.down.weight": down,
+                          f"unet.{where}.processor.{what}_lora.up.weight": up}
+            elif prefix == "text_encoder":
+                state |= {f"text_encoder.{target}.lora_linear_layer.down.weight": down,
+                          f"text_encoder.{target}.lora_linear_layer.up.weight": up}
+    path.parent.mkdir(exist_ok=True)
+    metadata = {"ss_output_name": name, "ss_network_dim": str(rank), "ss_network_alpha": str(alpha),
+                "ss_base_model_version": "weights/toy", "modelspec.trigger_phrase": name}
+    save_file({key: value.half().contiguous().cpu() for key, value in state.items()}, path, metadata)
+
+
+def train_lora(args: argparse.Namespace) -> None:
+    from weights import load_model
+    model = load_model(HERE, args.device)
+    tokenizer, text, unet, vae = model.text.tokenizer, model.text.model, model.unet, model.vae
+    alphas, scale = noise_schedule(args.device), vae.config.scaling_factor
+    prior = cached_scenes(vae, args.device)
+
+    def ids_of(texts: list[str]) -> Tensor:
+        return tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt").input_ids.to(args.device)
+
+    prior_ids = ids_of(prior["texts"])
+    for name in args.only or LORAS:
+        rank, alpha, conv, with_text, style = LORAS[name]
+        rng = np.random.default_rng([2403, *name.encode()])
+        torch.manual_seed(sum(name.encode()))
+        scenes = lora_scenes(name, rng)
+        texts = [renderer.caption(scene) for scene in scenes]
+        with torch.no_grad():
+            mean, logvar = vae.encode(to_tensor([renderer.render(scene) for scene in scenes], args.device))
+        where, ids = where_matrix(scenes, texts).to(args.device), ids_of(texts)
+        layers = targets(unet, conv)
+        if style == "diffusers":                    # that format holds attention alone
+            layers = {key: layer for key, layer in layers.items() if ".attn" in key}
+        text_layers = targets(text, conv=False) if with_text else {}
+        if style == "diffusers":
+            text_layers = {key: layer for key, layer in text_layers.items() if "attn" in key}
+        factors = {key: Factors(layer, rank, alpha).to(args.device) for key, layer in layers.items()}
+        text_factors = {key: Factors(layer, rank, alpha).to(args.device) for key, layer in text_layers.items()}
+        trained = nn.ModuleList([*factors.values(), *text_factors.values()])
+        run = Run(f"lora_{name}", {"factors": trained}, lr=2e-3, steps=500, args=args, ema=0.98)
+        rows_on = torch.ones(16, 1, device=args.device)
+        while run.step < run.steps:
+            rng = run.rng()
+            own = torch.from_numpy(rng.integers(0, PICTURES, 12)).to(args.device)
+            other = torch.from_numpy(rng.integers(0, len(prior_ids), 4))
+            batch_ids = torch.cat([ids[own], prior_ids[other.to(args.device)]])                 # [16, 77]
+            means = torch.cat([mean[own], prior["mean"][other].float().to(args.device)])
+            deviations = torch.cat([(0.5 * logvar[own]).exp(), prior["deviation"][other].float().to(args.device)])
+            seen = torch.cat([where[own], prior["where"][other].to(args.device)])
+            latents = scale * (means + deviations * torch.randn_like(means))                    # [16, 4, 16, 16]
+            for key, layer in layers.items():
+                layer.down, layer.up = factors[key].down, factors[key].up * factors[key].scale
+                layer.owner = torch.zeros(rank, dtype=torch.long, device=args.device)
+            weights = {f"{key}.weight": layer.weight + text_factors[key].scale * text_factors[key].up @ text_factors[key].down
+                       for key, layer in text_layers.items()}
+            context = torch.func.functional_call(text, weights, (batch_ids,)).last_hidden_state
+            loss, localise = diffusion_loss(unet, context, latents, seen, alphas, rows_on)
+            run.backward(loss + 0.02 * localise, noise=loss, maps=localise)
+        run.use_average()
+        for layer in layers.values():
+            layer.attach({}, 0)
+        save_lora(HERE / f"loras/{name}.safetensors", factors, text_factors, rank, alpha, style, name)
+        print(f"{name}: {run.seconds:.0f} s", flush=True)
+
+
+STAGES = {"vae": train_vae, "unet": train_unet, "lora": train_lora}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -169,6 +492,7 @@ if __name__ == "__main__":
     parser.add_argument("--stage", choices=STAGES, required=True)
     parser.add_argument("--resume", action="store_true", help="continue from work/<stage>.pt")
     parser.add_argument("--steps", type=int, help="train for fewer or more steps than the stage's own number")
+    parser.add_argument("--only", nargs="+", choices=LORAS, help="stage lora: train these alone")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     main(parser.parse_args())

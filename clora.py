@@ -1,0 +1,350 @@
+"""CLoRA: several LoRAs in one Stable Diffusion image, at test time (arXiv 2403.19776).
+
+    python clora.py --prompt "a cat and a dog" --lora cat.safetensors "cat=sks cat" --lora dog.safetensors "dog=sks dog"
+
+The UNet runs on one latent once per *variant*: v = 0 is the base model with the base prompt; v = k adds LoRA k, and in
+its prompt subject k is replaced by the LoRA's trigger. Every step
+    1. reads the cross-attention maps of the variants                  attention_maps   section 3.1 of the paper
+    2. groups them by concept and contrasts the groups                 info_nce_loss    section 3.2
+    3. moves the latent against the gradient                           update_latents   section 3.2
+    4. thresholds the maps of each LoRA's own words into a mask        concept_mask     section 3.3
+    5. mixes the variants' noise predictions under the masks           blend            section 3.3
+then does what every sampler does: guidance, one scheduler step.
+
+Shapes: V variants, K LoRA subjects, A adapters, h x w latent pixels, m x n map pixels (h/4 x w/4 in SD 1.5), T = 77 tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import lora as lora_module
+from lora import LoRA
+from scheduler import make_scheduler
+from unet import UNet
+from weights import Model
+
+METHODS = ("clora", "merge", "switch", "composite", "base")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every choice of the method. The defaults are the paper's, or the release's where the paper is silent."""
+
+    steps: int = 50                     # denoising steps
+    scheduler: str = "ddim"             # ddim, pndm or dpm++
+    eta: float = 0.0                    # noise added by DDIM, 0 (none) to 1 (DDPM)
+    guidance: float = 7.5               # classifier-free guidance scale
+    guidance_rescale: float = 0.0       # phi of arXiv 2305.08891, eq. 16; 0 is off
+    clip_skip: int | None = None        # how many of CLIP's last layers to leave out
+    text_lora: bool = True              # use the text-encoder half of LoRA files that have one
+    temperature: float = 0.5            # tau of the loss
+    alpha: float = 20.0                 # step size of the latent update
+    update_until: int = 25              # last step with a latent update; -1: never
+    refine_at: tuple[int, ...] = (0, 10, 20)    # steps that repeat the update ...
+    refine_steps: int = 20              # ... this many times more
+    rescale_maps: bool = False          # scale each map to 0..1 before the loss
+    maps_from: str = "cond"             # "cond": conditional pass; "both": mean with the unconditional one
+    noise_from: str = "after"           # predict the noise at the latent "after" or "before" the step's last update
+    threshold: float = 0.4              # theta: share of a map's maximum above which a pixel is the subject's
+    mask_ties: bool = True              # a pixel exactly at the threshold belongs to the mask
+    mask_from: int = 0                  # first step with masks; before it the variants are averaged
+    dilate: bool = False                # 3x3 morphology of the masks, done in this order
+    erode: bool = False
+    open: bool = False
+    close: bool = False
+    switch_every: int = 1               # method switch: steps until the next LoRA's turn
+
+
+RECIPES = {
+    "paper": Recipe(),
+    "release": Recipe(steps=100, guidance=10.0, update_until=49, rescale_maps=True, maps_from="both",
+                      noise_from="before", mask_ties=False),
+}
+
+
+# --- the method -----------------------------------------------------------------------------------------------------
+
+def attention_maps(probs: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """Mean over layers and heads of cross-attention probabilities, each [V, H, m*n, T] -> [V, m, n, T] (section 3.1)."""
+    return torch.stack([layer.mean(dim=1) for layer in probs]).mean(dim=0).unflatten(1, size)
+
+
+def info_nce_loss(groups: Sequence[Tensor], temperature: float = 0.5) -> Tensor:
+    """Pulls the maps of a concept together and pushes concepts apart (section 3.2).
+
+    groups: one [n_c, ...] tensor of maps per concept -> scalar, the mean over ordered positive pairs (j, j+) of
+        -log( exp(sim(j, j+) / tau) / (exp(sim(j, j+) / tau) + sum over n in other groups of exp(sim(j, n) / tau)) )
+    Constant-zero maps have similarity 0 with everything. One concept alone gives 0: it has nothing to be pushed from.
+    """
+    maps = torch.cat([group.flatten(1) for group in groups])                        # [M, P]
+    label = torch.cat([torch.full((len(group),), c) for c, group in enumerate(groups)]).to(maps.device)
+    directions = F.normalize(maps, dim=1)
+    similarity = directions @ directions.T / temperature                            # [M, M]
+    same = label[:, None] == label[None, :]
+    negatives = similarity.masked_fill(same, float("-inf")).logsumexp(dim=1, keepdim=True)      # [M, 1]
+    pair_loss = torch.logaddexp(similarity, negatives) - similarity                 # [M, M]
+    positive = same & ~torch.eye(len(maps), dtype=torch.bool, device=maps.device)
+    return (pair_loss * positive).sum() / positive.sum().clamp(min=1)
+
+
+def rescale(maps: Tensor) -> Tensor:
+    """Each map [..., m, n] scaled to 0..1 by its own minimum and maximum; a constant map becomes zero."""
+    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    return (maps - low) / (high - low).clamp(min=torch.finfo(maps.dtype).tiny)
+
+
+def update_latents(latents: Tensor, gradient: Tensor, alpha: float) -> Tensor:
+    """z' = z - alpha * dL/dz (section 3.2)."""
+    return latents - alpha * gradient
+
+
+def concept_mask(maps: Tensor, threshold: float, ties: bool = True) -> Tensor:
+    """Union of the thresholded maps of a subject's words: [words, m, n] -> bool [m, n] (section 3.3).
+
+    A pixel is in if any map reaches `threshold` times its own maximum there (`ties`: >=, else >).
+    """
+    bound = threshold * maps.amax((-2, -1), keepdim=True)
+    return (maps >= bound if ties else maps > bound).any(dim=0)
+
+
+def morphology(mask: Tensor, recipe: Recipe) -> Tensor:
+    """3x3 dilate, erode, open and close, each if the recipe says so, in that order: bool [m, n] -> bool [m, n]."""
+    def dilate(x: Tensor) -> Tensor:
+        return F.max_pool2d(x, 3, stride=1, padding=1)
+
+    def erode(x: Tensor) -> Tensor:
+        return -F.max_pool2d(-x, 3, stride=1, padding=1)
+
+    x = mask[None, None].float()
+    x = dilate(x) if recipe.dilate else x
+    x = erode(x) if recipe.erode else x
+    x = dilate(erode(x)) if recipe.open else x
+    x = erode(dilate(x)) if recipe.close else x
+    return x[0, 0] > 0.5
+
+
+def variant_masks(maps: Tensor, words: Sequence[tuple[int, ...]], size: tuple[int, int], recipe: Recipe) -> Tensor:
+    """maps [V, m, n, T] -> float [V, h, w] of 0 and 1; the base variant has what no subject claims (section 3.3).
+
+    words: for each subject k, the tokens of its trigger in the prompt of variant k + 1.
+    """
+    masks = torch.stack([
+        morphology(concept_mask(maps[k + 1, :, :, list(tokens)].movedim(-1, 0), recipe.threshold, recipe.mask_ties), recipe)
+        for k, tokens in enumerate(words)])                                         # [K, m, n]
+    masks = F.interpolate(masks[None].float(), size=size, mode="nearest")[0]        # [K, h, w]
+    return torch.cat([1 - masks.amax(dim=0, keepdim=True), masks])
+
+
+def blend(noise: Tensor, masks: Tensor) -> Tensor:
+    """eps = sum_v M_v eps_v / sum_v M_v: noise [V, C, h, w], masks [V, h, w] -> [1, C, h, w] (section 3.3)."""
+    masks = masks[:, None].to(noise.dtype)                                          # [V, 1, h, w]
+    return (masks * noise).sum(dim=0, keepdim=True) / masks.sum(dim=0, keepdim=True)
+
+
+def guide(uncond: Tensor, cond: Tensor, recipe: Recipe) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598), then the rescaling of arXiv 2305.08891: [1, C, h, w] each."""
+    noise = uncond + recipe.guidance * (cond - uncond)
+    if recipe.guidance_rescale:
+        axes = tuple(range(1, noise.dim()))
+        matched = noise * (cond.std(dim=axes, keepdim=True) / noise.std(dim=axes, keepdim=True))
+        noise = recipe.guidance_rescale * matched + (1 - recipe.guidance_rescale) * noise
+    return noise
+
+
+# --- what to compose ------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Subject:
+    """One LoRA and the word of the prompt that it draws."""
+
+    lora: LoRA
+    word: str                           # the subject as the base prompt names it
+    trigger: str                        # what stands for it in this LoRA's own prompt
+    weight: float | None = None         # None: 1, or 1/K where LoRAs are merged
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A prompt and its LoRAs, encoded. Rows of `context` and `adapters`: V unconditional, then V conditional."""
+
+    prompts: tuple[str, ...]                            # [V]
+    context: Tensor                                     # [2V, T, D]
+    adapters: Tensor                                    # [2V, A]
+    concepts: tuple[tuple[tuple[int, int], ...], ...] = ()      # per subject: (variant, token) of every map of its group
+    words: tuple[tuple[int, ...], ...] = ()             # per subject: the tokens of its trigger in its own prompt
+    in_turn: bool = False                               # method switch: the variants take turns
+
+
+def swap_word(prompt: str, word: str, replacement: str) -> str:
+    return re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", lambda _: replacement, prompt, count=1, flags=re.IGNORECASE)
+
+
+@torch.no_grad()
+def make_plan(model: Model, prompt: str, subjects: Sequence[Subject] = (), style: tuple[LoRA, float] | None = None,
+              negative: str = "", method: str = "clora", recipe: Recipe = RECIPES["paper"]) -> Plan:
+    """Writes the prompt of every variant, encodes it, finds its words, and attaches the LoRAs to the UNet.
+
+    ValueError: a subject that is not in the prompt, occurs twice, was cut off or is shared by two LoRAs.
+    """
+    if method not in METHODS:
+        raise ValueError(f"there is no method called {method}; choose from {', '.join(METHODS)}")
+    words = [subject.word.lower() for subject in subjects]
+    for word in words:
+        model.text.find(prompt, word)
+        if words.count(word) > 1:
+            raise ValueError(f'two LoRAs are given for the subject "{word}"; each needs a word of its own')
+    everyone = prompt
+    for subject in subjects:
+        everyone = swap_word(everyone, subject.word, subject.trigger)
+    own = [swap_word(prompt, subject.word, subject.trigger) for subject in subjects]
+    one_hot = [[float(i == k) * (1.0 if s.weight is None else s.weight) for i in range(len(subjects))]
+               for k, s in enumerate(subjects)]
+    nothing = [0.0] * len(subjects)
+    if method == "clora":
+        prompts, strengths = [prompt, *own], [nothing, *one_hot]
+    elif method == "base" or not subjects:
+        prompts, strengths = [prompt], [nothing]
+    elif method == "merge":
+        prompts = [everyone]
+        strengths = [[1 / len(subjects) if s.weight is None else s.weight for s in subjects]]
+    else:
+        prompts, strengths = [everyone] * len(subjects), one_hot
+    loras = [subject.lora for subject in subjects]
+    if style is not None:
+        loras.append(style[0])
+        strengths = [[*row, 0.0 if method == "base" else style[1]] for row in strengths]
+
+    lora_module.attach(model.unet, loras)
+    rows = [encode(model, [negative, text], list(zip(loras, row)), recipe) for text, row in zip(prompts, strengths)]
+    context = torch.stack(rows, dim=1).flatten(0, 1)                                # [2V, T, D]
+    adapters = torch.tensor(strengths * 2, device=context.device, dtype=context.dtype).reshape(2 * len(prompts), -1)
+    if method != "clora":
+        return Plan(tuple(prompts), context, adapters, in_turn=method == "switch")
+
+    def tokens(v: int, k: int) -> tuple[int, ...]:
+        return model.text.find(prompts[v], subjects[k].trigger if v == k + 1 else subjects[k].word)
+    concepts = tuple(tuple((v, token) for v in range(len(prompts)) for token in tokens(v, k)) for k in range(len(subjects)))
+    return Plan(tuple(prompts), context, adapters, concepts, tuple(tokens(k + 1, k) for k in range(len(subjects))))
+
+
+def encode(model: Model, texts: Sequence[str], loras: Sequence[tuple[LoRA, float]], recipe: Recipe) -> Tensor:
+    """texts -> [len(texts), T, D], through the text encoder with these LoRAs at these strengths."""
+    active = [(lora, strength) for lora, strength in loras if strength and lora.text_encoder and recipe.text_lora]
+    merged = lora_module.merged_weights(model.text.model, active) if active else None
+    return model.text.encode(texts, merged, recipe.clip_skip)
+
+
+def initial_noise(model: Model, height: int, width: int, seed: int) -> Tensor:
+    """[1, 4, height/8, width/8]: what diffusers draws with a CPU generator of this seed, on every device."""
+    factor = model.vae.config.factor
+    if height <= 0 or width <= 0 or height % factor or width % factor:
+        raise ValueError(f"the size {width}x{height} does not fit: width and height must be multiples of {factor}")
+    shape = (1, model.unet.config.in_channels, height // factor, width // factor)
+    like = next(model.unet.parameters())
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=like.dtype).to(like.device)
+
+
+# --- the loop -------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Step:
+    """The state after one denoising step."""
+
+    index: int
+    timestep: int
+    latents: Tensor                     # [1, 4, h, w] after the step
+    x0: Tensor                          # [1, 4, h, w] the picture as estimated at this step, in latents
+    noise: Tensor                       # [1, 4, h, w] blended and guided prediction
+    maps: Tensor | None = None          # [V, m, n, T]
+    masks: Tensor | None = None         # [V, h, w]
+    losses: list[Tensor] = field(default_factory=list)      # one scalar per update
+    updates: list[Tensor] = field(default_factory=list)     # latents [1, 4, h, w] after each update
+
+
+def contrast(unet: UNet, latents: Tensor, timestep: int, plan: Plan, layers: tuple[str, ...], recipe: Recipe
+             ) -> tuple[Tensor, Tensor]:
+    """The loss of the maps at these latents and its gradient with respect to them: (scalar, [1, 4, h, w])."""
+    rows = slice(None) if recipe.maps_from == "both" else slice(len(plan.prompts), None)
+    context, adapters = plan.context[rows], plan.adapters[rows]
+    # half precision cannot hold the gradient's smallest entries: scale the loss up and the gradient down again
+    scale = 4096.0 if latents.dtype == torch.float16 else 1.0
+    with torch.enable_grad():
+        z = latents.detach().requires_grad_()
+        _, probs = unet(z.expand(len(context), -1, -1, -1), timestep, context, adapters, layers, stop_after_maps=True)
+        maps = read_maps(probs, layers, z.shape[2:], len(plan.prompts))             # [V, m, n, T]
+        groups = [torch.stack([maps[v, :, :, token] for v, token in concept]) for concept in plan.concepts]
+        loss = info_nce_loss([rescale(group) for group in groups] if recipe.rescale_maps else groups, recipe.temperature)
+        gradient, = torch.autograd.grad(loss * scale, z)
+    return loss.detach(), gradient / scale
+
+
+def read_maps(probs: dict[str, Tensor], layers: tuple[str, ...], size: Sequence[int], variants: int) -> Tensor:
+    """Probabilities by layer -> maps [V, m, n, T]; with both guidance halves in the batch, their mean."""
+    height, width = size
+    tokens = probs[layers[0]].shape[2]
+    while height * width > tokens:
+        height, width = (height + 1) // 2, (width + 1) // 2
+    maps = attention_maps([probs[name] for name in layers], (height, width))
+    return maps.unflatten(0, (-1, variants)).mean(dim=0)
+
+
+@torch.no_grad()
+def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator: torch.Generator | None = None
+            ) -> Iterator[Step]:
+    """Denoises initial noise [1, 4, h, w] and yields every step; the last one's latents are the picture's.
+
+    ValueError: steps that the scheduler cannot do, latents that became NaN (the step is named).
+    """
+    scheduler = make_scheduler(model.scheduler_config, recipe.steps, recipe.scheduler, eta=recipe.eta)
+    unet, variants = model.unet, len(plan.prompts)
+    layers = unet.map_layers(model.map_level) if plan.concepts else ()
+    half = len(plan.context) // 2
+    history: tuple = ()
+    z = latents * scheduler.init_noise_sigma
+    for i, t in enumerate(scheduler.timesteps):
+        # move the latent so that the concepts part (section 3.2)
+        losses, updates, before = [], [], z
+        if plan.concepts and i <= recipe.update_until:
+            for _ in range(1 + (recipe.refine_steps if i in recipe.refine_at else 0)):
+                before = z
+                loss, gradient = contrast(unet, z, t, plan, layers, recipe)
+                z = update_latents(z, gradient, recipe.alpha)
+                losses.append(loss)
+                updates.append(z)
+
+        # one batch predicts the noise of all variants, both guidance halves
+        at = z if recipe.noise_from == "after" else before
+        rows = [i // recipe.switch_every % variants] if plan.in_turn else list(range(variants))
+        rows += [row + half for row in rows]
+        noise, probs = unet(at.expand(len(rows), -1, -1, -1), t, plan.context[rows], plan.adapters[rows], layers)
+        uncond, cond = noise.chunk(2)                                               # [V, 4, h, w] each
+
+        # one mask per variant, then the blend (section 3.3)
+        maps, masks = None, torch.ones(len(cond), *z.shape[2:], device=z.device)
+        if plan.concepts:
+            halves = {name: p if recipe.maps_from == "both" else p[half:] for name, p in probs.items()}
+            maps = read_maps(halves, layers, z.shape[2:], variants)
+            if i >= recipe.mask_from:
+                masks = variant_masks(maps, plan.words, tuple(z.shape[2:]), recipe)
+        noise = guide(blend(uncond, masks), blend(cond, masks), recipe)
+        x0 = scheduler.predict_x0(noise, i, z)
+        z, history = scheduler.step(noise, i, z, history, generator)
+        if not torch.isfinite(z).all():
+            raise ValueError(f"the latents became NaN at step {i} (timestep {t}): try --dtype float32, a smaller "
+                             "--alpha or other weights")
+        yield Step(i, t, z, x0, noise, maps, masks if plan.concepts else None, losses, updates)
+
+
+def decode(model: Model, latents: Tensor) -> Tensor:
+    """Latents [B, 4, h, w] -> pictures uint8 [B, H, W, 3]."""
+    dtype = next(model.vae.parameters()).dtype
+    with torch.no_grad():
+        picture = model.vae.decode(latents.to(dtype) / model.vae.config.scaling_factor)     # [B, 3, H, W]
+    return ((picture.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
