@@ -348,3 +348,10 @@ def decode(model: Model, latents: Tensor) -> Tensor:
     with torch.no_grad():
         picture = model.vae.decode(latents.to(dtype) / model.vae.config.scaling_factor)     # [B, 3, H, W]
     return ((picture.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
+if __name__ == "__main__":
+    import sys
+
+    from cli import main
+    sys.exit(main())

@@ -13,7 +13,7 @@ look of a whole picture; they are what the style LoRAs teach.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -99,7 +99,7 @@ def colour_of(name: str) -> tuple[int, int, int]:
     return WHITE if name == "white" else COLOURS[name]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _outline_points(kind: str) -> tuple[tuple[float, float], ...]:
     """The polygon of a kind in [-1, 1]; ring and moon are drawn from two circles instead."""
     if kind == "box":

@@ -1,8 +1,9 @@
-"""Trains the embedded model: python weights/toy/train.py --stage vae|unet|lora [--resume]
+"""Trains the embedded model: python weights/toy/train.py --stage vae|unet|lora|judge [--resume]
 
     vae    AutoencoderKL on 64x64 crops of rendered scenes
     unet   UNet and CLIP text encoder together, on cached latents of captioned scenes
     lora   one LoRA per instance and style, each from 20 pictures
+    judge  the classifier that evaluate.py counts with, on rendered pictures alone
 
 Every stage is seeded, logs its losses to work/<stage>.log, saves work/<stage>.pt as it goes (--resume continues
 there, to the same result) and ends by writing the published layout next to this file: vae/, unet/, text_encoder/,
@@ -29,9 +30,9 @@ HERE = Path(__file__).resolve().parent
 WORK = HERE / "work"
 sys.path.insert(0, str(HERE.parents[1]))            # so that it runs as a script from anywhere
 
-from unet import UNet, UNetConfig                   # noqa: E402
-from vae import VAE, VAEConfig                      # noqa: E402
-from weights.toy import renderer                    # noqa: E402
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
+from weights.toy import renderer
 
 VAE_CONFIG = {
     "_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3, "latent_channels": 4,
@@ -478,7 +479,40 @@ def train_lora(args: argparse.Namespace) -> None:
         print(f"{name}: {run.seconds:.0f} s", flush=True)
 
 
-STAGES = {"vae": train_vae, "unet": train_unet, "lora": train_lora}
+# --- judge ----------------------------------------------------------------------------------------------------------
+
+def roughen(pictures: Tensor) -> Tensor:
+    """Blur, noise and shifted colours, so that the judge does not insist on the renderer's exact pixels."""
+    batch = len(pictures)
+    soft = F.interpolate(F.avg_pool2d(pictures, 2), scale_factor=2.0, mode="bilinear", align_corners=False)
+    share = torch.rand(batch, 1, 1, 1, device=pictures.device)
+    pictures = pictures * share + soft * (1 - share)
+    pictures = pictures * (1 + 0.12 * torch.randn(batch, 3, 1, 1, device=pictures.device))
+    pictures = pictures + 0.08 * torch.randn(batch, 3, 1, 1, device=pictures.device)
+    coarse = F.interpolate(torch.randn(batch, 3, 32, 32, device=pictures.device), scale_factor=4.0, mode="bilinear")
+    return pictures + 0.06 * coarse + 0.04 * torch.randn_like(pictures)
+
+
+def train_judge(args: argparse.Namespace) -> None:
+    from weights.toy import judge as judging
+    judge = judging.Judge().to(args.device)
+    run = Run("judge", {"judge": judge}, lr=3e-3, steps=2500, args=args, ema=0.99)
+    while run.step < run.steps:
+        rng = run.rng()
+        scenes = [judging.judge_scene(rng) for _ in range(16)]
+        kinds, looks = (torch.stack(part).to(args.device) for part in zip(*map(judging.labels_of, scenes)))
+        styles = torch.tensor([judging.MANNERS.index(scene.style) for scene in scenes], device=args.device)
+        pictures = roughen(to_tensor([renderer.render(scene) for scene in scenes], args.device))
+        with torch.autocast(args.device, torch.bfloat16):
+            kind, look, style = (part.float() for part in judge(pictures))
+        run.backward(F.cross_entropy(kind, kinds) + F.cross_entropy(look, looks) + 0.2 * F.cross_entropy(style, styles),
+                     kind=F.cross_entropy(kind, kinds))
+    run.use_average()
+    save_half(judge, HERE / "judge/model.safetensors")
+    write_json(HERE / "judge/config.json", {"width": 48, "kinds": judging.KINDS, "looks": judging.LOOKS})
+
+
+STAGES = {"vae": train_vae, "unet": train_unet, "lora": train_lora, "judge": train_judge}
 
 
 def main(args: argparse.Namespace) -> None:

@@ -1,0 +1,245 @@
+"""The command line of clora.py: arguments, files and messages, so that clora.py holds the method alone."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import re
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import clora
+import report
+from clora import METHODS, RECIPES, Recipe, Step, Subject
+from lora import LoRA, read_lora
+from weights import Model, load_model
+
+HERE = Path(__file__).resolve().parent
+TOY = HERE / "weights" / "toy"
+DEMO = {"prompt": "a ball and a star on the grass",
+        "lora": [[str(TOY / "loras/zib.safetensors"), "ball=zib ball"], [str(TOY / "loras/tam.safetensors"), "star=tam star"]]}
+CHOICES = {"scheduler": ("ddim", "pndm", "dpm++"), "maps_from": ("cond", "both"), "noise_from": ("after", "before")}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
+          "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"clora: {message}\n")
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """"0,10,20" or "0-9" or both mixed -> numbers; "" -> none."""
+    numbers: list[int] = []
+    for part in filter(None, text.split(",")):
+        match = re.fullmatch(r"\s*(\d{1,19})(?:-(\d{1,19}))?\s*", part)
+        if not match:
+            raise argparse.ArgumentTypeError(f"{part!r} is not a number or a range like 0-9")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first or last - first >= 100_000:
+            raise argparse.ArgumentTypeError(f"the range {part} is empty or too long")
+        numbers += range(first, last + 1)
+    return tuple(numbers)
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="clora.py", description="Composes several LoRAs in one Stable Diffusion 1.5 image (CLoRA).",
+                    epilog="Without --prompt and --lora it runs a demonstration on the small embedded model.")
+    add = parser.add_argument_group("what to draw").add_argument
+    add("--model", default=str(TOY), metavar="MODEL", help="diffusers folder, single-file .safetensors or .ckpt, or hub id (default: the embedded model)")
+    add("--prompt", help=f"names every subject's word once (default: {DEMO['prompt']!r})")
+    add("--negative", default="", metavar="TEXT", help="negative prompt")
+    add("--lora", nargs=2, action="append", metavar=("FILE[:WEIGHT]", "SUBJECT[=TRIGGER]"),
+        help="a LoRA, the word of the prompt that it draws, and what replaces that word in its own prompt; repeat for more")
+    add("--style", metavar="FILE[:WEIGHT]", help="a LoRA added to every variant")
+    add("--seed", type=int, default=0, help="initial noise as diffusers draws it on the CPU (default: 0)")
+    add("--seeds", type=whole_numbers, metavar="0-9", help="several seeds, one image each")
+    add("--height", type=int, help="pixels, a multiple of 8 (default: the model's)")
+    add("--width", type=int, help="pixels, a multiple of 8 (default: the model's)")
+    add("--method", choices=METHODS, default="clora", help="clora, or a baseline (default: clora)")
+
+    add = parser.add_argument_group("where and how").add_argument
+    add("--out", default="out", metavar="FOLDER", help="folder of the images (default: out)")
+    add("--panel", action=argparse.BooleanOptionalAction, help="a second picture: maps, masks and plain merging (default: in the demonstration)")
+    add("--trace", metavar="FILE.safetensors", help="write every step's maps, masks, losses and latents")
+    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    add("--dtype", choices=DTYPES, help="default: float16 on CUDA, float32 on the CPU")
+    add("--quiet", action="store_true", help="no progress bar")
+
+    group = parser.add_argument_group("the recipe", "every choice of the method; the recipe sets them all, each flag changes one")
+    group.add_argument("--recipe", choices=RECIPES, default="paper", help="paper (default) or release")
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Recipe), re.MULTILINE))
+    for field in dataclasses.fields(Recipe):
+        flag, default = "--" + field.name.replace("_", "-"), getattr(RECIPES["paper"], field.name)
+        options: dict = {"help": f"{comments[field.name]} (paper: {default}, release: {getattr(RECIPES['release'], field.name)})"}
+        if isinstance(default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = whole_numbers if isinstance(default, tuple) else int if default is None else type(default)
+            options["choices"] = CHOICES.get(field.name)
+            options["metavar"] = None if options["choices"] else {float: "X", str: "X"}.get(type(default), "N")
+        group.add_argument(flag, **options)
+    return parser
+
+
+def make_recipe(args: argparse.Namespace, model_settings: dict) -> Recipe:
+    """The named recipe, then what the model's own clora.json sets, then the flags."""
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)
+             if getattr(args, field.name) is not None}
+    recipe = dataclasses.replace(RECIPES[args.recipe], **{**model_settings.get("recipe", {}), **given})
+    for name, low, high in (("steps", 1, 1000), ("temperature", 1e-6, 1e6), ("guidance", 1, 1e4), ("eta", 0, 1),
+                            ("threshold", 0, 1), ("refine_steps", 0, 10_000), ("guidance_rescale", 0, 1),
+                            ("switch_every", 1, 1000), ("alpha", -1e6, 1e6)):
+        if not low <= getattr(recipe, name) <= high:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(recipe, name)}; it must be between {low} and {high}")
+    return recipe
+
+
+def split_weight(text: str) -> tuple[str, float | None]:
+    """"cat.safetensors:0.8" -> ("cat.safetensors", 0.8); the weight is optional."""
+    match = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+))", text)
+    return (match[1], float(match[2])) if match else (text, None)
+
+
+def read_subjects(args: argparse.Namespace, model: Model) -> tuple[list[Subject], tuple[LoRA, float] | None]:
+    subjects = []
+    if len(args.lora) > 8:
+        raise ValueError(f"{len(args.lora)} LoRAs are given; at most 8 subjects can be composed")
+    for file, words in args.lora:
+        path, weight = split_weight(file)
+        word, _, trigger = (part.strip() for part in words.partition("="))
+        if not word:
+            raise ValueError(f"--lora {file} {words!r} names no subject; write it as \"cat=sks cat\"")
+        subjects.append(Subject(read_lora(path, model.unet, model.text.model), word, trigger or word, weight))
+    if args.style is None:
+        return subjects, None
+    path, weight = split_weight(args.style)
+    return subjects, (read_lora(path, model.unet, model.text.model), 1.0 if weight is None else weight)
+
+
+def settings_of(args: argparse.Namespace, recipe: Recipe, model: Model, subjects: list[Subject],
+                style: tuple[LoRA, float] | None, seed: int, size: tuple[int, int]) -> dict:
+    """What an image carries: all that it takes to make it again, as a command and in parts."""
+    words = ["--model", args.model, "--prompt", args.prompt, "--negative", args.negative, "--method", args.method,
+             "--seed", str(seed), "--height", str(size[0]), "--width", str(size[1]), "--dtype", args.dtype]
+    for file, subject in args.lora:
+        words += ["--lora", file, subject]
+    words += ["--style", args.style] if args.style else []
+    words += ["--recipe", args.recipe]
+    for field in dataclasses.fields(Recipe):
+        value, flag = getattr(recipe, field.name), "--" + field.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif value is not None:
+            words.append(f"{flag}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
+    return {"prompt": args.prompt, "negative": args.negative, "seed": str(seed), "method": args.method,
+            "recipe": {"name": args.recipe, **dataclasses.asdict(recipe)},
+            "model": {"name": args.model, "hash": model.hash()},
+            "loras": [{"file": s.lora.path.name, "sha256": s.lora.sha256, "subject": s.word, "trigger": s.trigger,
+                       "weight": s.weight} for s in subjects],
+            "style": None if style is None else {"file": style[0].path.name, "sha256": style[0].sha256, "weight": style[1]},
+            "command": shlex.join(["python", "clora.py", *words])}
+
+
+def draw(model: Model, plan: clora.Plan, recipe: Recipe, noise: torch.Tensor, seed: int, label: str, quiet: bool,
+         keep: bool = False) -> tuple[torch.Tensor, list[Step]]:
+    """Runs the loop under a progress bar -> (latents, the steps: all of them if `keep`, else the last)."""
+    steps: list[Step] = []
+    with tqdm(total=recipe.steps, desc=label, disable=quiet, leave=True) as bar:
+        for step in clora.compose(model, plan, recipe, noise, torch.Generator().manual_seed(seed)):
+            steps = [*steps, step] if keep else [step]
+            bar.update(min(1, bar.total - bar.n))
+            if step.losses and not quiet:
+                bar.set_postfix(loss=f"{step.losses[-1].item():.3f}")
+    return steps[-1].latents, steps
+
+
+def run(args: argparse.Namespace) -> None:
+    demo = args.prompt is None and args.lora is None
+    if demo:
+        args.prompt, args.lora = DEMO["prompt"], DEMO["lora"]
+    args.lora = args.lora or []
+    if args.prompt is None:
+        raise ValueError("--lora is given without --prompt; write the prompt that names its subject")
+    if args.method != "base" and not args.lora and not args.style:
+        raise ValueError("no LoRA is given; add --lora FILE SUBJECT=TRIGGER, or use --method base")
+    if not (seeds := args.seeds if args.seeds is not None else (args.seed,)):
+        raise ValueError("--seeds names no seed")
+    if any(not -2**63 <= seed < 2**64 for seed in seeds):
+        raise ValueError(f"a seed must fit in 64 bits; {max(seeds, key=abs)} does not")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", args.device):
+        raise ValueError(f"--device {args.device} is not known; use cpu or cuda")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: PyTorch sees no CUDA device here; use --device cpu")
+    args.dtype = args.dtype or ("float16" if args.device.startswith("cuda") else "float32")
+    out = Path(args.out)
+    try:                                                    # say so now, not after the first image
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+        trace = Path(args.trace) if args.trace else None
+        if trace is not None:
+            tempfile.TemporaryFile(dir=trace.parent).close()
+    except OSError as error:
+        raise ValueError(f"cannot write to {error.filename or args.out}: {error.strerror}") from None
+
+    model = load_model(args.model, args.device, DTYPES[args.dtype])
+    recipe = make_recipe(args, model.settings)
+    default = model.unet.config.sample_size * model.vae.config.factor
+    size = (default if args.height is None else args.height, default if args.width is None else args.width)
+    clora.initial_noise(model, *size, seeds[0])             # refuses sizes that do not fit
+    subjects, style = read_subjects(args, model)
+    for text in filter(None, [args.prompt, args.negative]):
+        if cut := model.text.truncated(text):
+            print(f'clora: warning: CLIP reads 77 tokens; this was cut off: "{cut}"', file=sys.stderr)
+    plan = clora.make_plan(model, args.prompt, subjects, style, args.negative, args.method, recipe)
+
+    panel = (demo if args.panel is None else args.panel) and bool(plan.concepts)
+    for seed in seeds:
+        settings = settings_of(args, recipe, model, subjects, style, seed, size)
+        noise = clora.initial_noise(model, *size, seed)
+        latents, steps = draw(model, plan, recipe, noise, seed, f"{args.method}, seed {seed}", args.quiet,
+                              keep=panel or trace is not None)
+        picture = clora.decode(model, latents)[0].numpy()
+        path = out / f"{args.method}-{seed}.png"
+        report.save_picture(path, picture, settings)
+        print(path)
+        if trace is not None:
+            report.save_trace(trace if len(seeds) == 1 else trace.with_stem(f"{trace.stem}-{seed}"), steps)
+        if panel:
+            merge = clora.make_plan(model, args.prompt, subjects, style, args.negative, "merge", recipe)
+            merged = clora.decode(model, draw(model, merge, recipe, noise, seed, f"merge, seed {seed}", args.quiet)[0])[0].numpy()
+            clora.make_plan(model, args.prompt, subjects, style, args.negative, args.method, recipe)
+            names = [subject.trigger for subject in subjects]
+            path = out / f"{args.method}-{seed}-panel.png"
+            report.save_picture(path, report.panel(picture, merged, steps[len(steps) // 2], plan.words, names), settings)
+            print(path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """-> exit code: 0 when every image was made, 2 for bad input, 130 when interrupted."""
+    args = make_parser().parse_args(argv)
+    try:
+        run(args)
+        return 0
+    except (torch.OutOfMemoryError, MemoryError):
+        message = "out of memory: lower --height and --width, or use --dtype float16"
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        message = "out of memory: lower --height and --width, or use --dtype bfloat16"
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split())
+    except KeyboardInterrupt:
+        print("\nclora: interrupted; finished images are kept", file=sys.stderr)
+        return 130
+    print(f"clora: {message}", file=sys.stderr)
+    return 2
+
+

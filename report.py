@@ -1,0 +1,111 @@
+"""What a run leaves behind: pictures that carry their settings, the panel that explains one, the trace.
+
+Everything is written under a temporary name and moved into place, so that no half-written file is ever seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from safetensors.torch import save_file
+
+from clora import Step
+
+COLOURS = ((230, 60, 50), (40, 110, 230), (40, 170, 90), (240, 170, 30),
+           (160, 70, 200), (20, 180, 190), (230, 90, 160), (120, 120, 120))
+
+
+@contextlib.contextmanager
+def in_place(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; moved onto it when the block ends without an error."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    try:
+        yield Path(name)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)      # mkstemp makes private files; results are the user's to share
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def save_picture(path: Path, picture: np.ndarray, settings: dict) -> None:
+    """uint8 [H, W, 3] as PNG; `settings` go in as text chunks, one per key, JSON where not a string."""
+    chunks = PngImagePlugin.PngInfo()
+    for key, value in settings.items():
+        chunks.add_text(key, value if isinstance(value, str) else json.dumps(value))
+    with in_place(path) as temporary:
+        Image.fromarray(picture).save(temporary, pnginfo=chunks)
+
+
+def save_trace(path: Path, steps: Sequence[Step]) -> None:
+    """Everything a run computed, as safetensors. S steps, E latent updates in all:
+
+    timestep [S], latents [S, 4, h, w] (after the step), noise [S, 4, h, w], maps [S, V, m, n, T], masks [S, V, h, w],
+    loss [E], update_step [E], updated_latents [E, 4, h, w]. What a method does not have is left out.
+    """
+    tensors = {"timestep": torch.tensor([step.timestep for step in steps]),
+               "latents": torch.cat([step.latents for step in steps]),
+               "noise": torch.cat([step.noise for step in steps])}
+    for key in ("maps", "masks"):
+        if getattr(steps[0], key) is not None:
+            tensors[key] = torch.stack([getattr(step, key) for step in steps])
+    if losses := [loss for step in steps for loss in step.losses]:
+        tensors["loss"] = torch.stack(losses)
+        tensors["update_step"] = torch.tensor([step.index for step in steps for _ in step.losses])
+        tensors["updated_latents"] = torch.cat([latents for step in steps for latents in step.updates])
+    with in_place(path) as temporary:
+        save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary)
+
+
+def _tile(array: np.ndarray, side: int, smooth: bool = False) -> np.ndarray:
+    """uint8 [h, w, 3] -> [side, side * w / h, 3]."""
+    size = (round(side * array.shape[1] / array.shape[0]), side)
+    return np.asarray(Image.fromarray(array).resize(size, Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST))
+
+
+def heat(values: np.ndarray) -> np.ndarray:
+    """[h, w] -> uint8 [h, w, 3], from dark blue (lowest) over orange to pale yellow (highest)."""
+    t = (values - values.min()) / max(float(np.ptp(values)), 1e-12)
+    stops = np.array([[12, 12, 48], [110, 30, 110], [225, 90, 50], [252, 200, 90], [255, 252, 215]], float)
+    return np.stack([np.interp(t, np.linspace(0, 1, len(stops)), stops[:, c]) for c in range(3)], -1).astype(np.uint8)
+
+
+def panel(result: np.ndarray, merged: np.ndarray, step: Step, words: Sequence[tuple[int, ...]],
+          names: Sequence[str], side: int = 256) -> np.ndarray:
+    """One picture that explains a run: per subject its map and mask at `step`, then the result beside plain merging.
+
+    result, merged: uint8 [H, W, 3]; words: per subject, its trigger's tokens. -> uint8 [side + label, ..., 3].
+    """
+    assert step.maps is not None and step.masks is not None
+    tiles, labels = [], []
+    picture = _tile(result, side, smooth=True)
+    for k, (name, tokens) in enumerate(zip(names, words)):
+        attention = step.maps[k + 1][:, :, list(tokens)].mean(-1).float().cpu().numpy()         # [m, n]
+        tiles.append(_tile(heat(attention), side, smooth=True))
+        labels.append(f'map of "{name}"')
+        mask = _tile((step.masks[k + 1].cpu().numpy() * 255).astype(np.uint8)[..., None].repeat(3, -1), side) > 127
+        colour = np.array(COLOURS[k % len(COLOURS)])
+        grey = picture.mean(-1, keepdims=True) * 0.6 + 80
+        tiles.append(np.where(mask, 0.55 * picture + 0.45 * colour, grey).astype(np.uint8))
+        labels.append(f"its mask: {mask.mean():.0%}")
+    tiles += [picture, _tile(merged, side, smooth=True)]
+    labels += ["CLoRA", "plain merging, same seed"]
+    gap, strip = 8, 26
+    width = sum(tile.shape[1] for tile in tiles) + gap * (len(tiles) + 1)
+    sheet = Image.new("RGB", (width, side + strip + gap), (255, 255, 255))
+    draw, font, x = ImageDraw.Draw(sheet), ImageFont.load_default(15), gap
+    for tile, label in zip(tiles, labels):
+        sheet.paste(Image.fromarray(tile), (x, strip))
+        draw.text((x, 5), label, fill=(30, 30, 30), font=font)
+        x += tile.shape[1] + gap
+    return np.asarray(sheet)

@@ -1,0 +1,205 @@
+"""The functions of clora.py against float64 written out by hand, then their limits and properties."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import clora
+from clora import RECIPES, Recipe
+from scheduler import make_scheduler
+from unet import UNet, UNetConfig
+
+SD15_SCHEDULER = {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+                  "num_train_timesteps": 1000, "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
+TINY = UNetConfig(block_out_channels=(8, 16), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",) * 2,
+                  up_block_types=("CrossAttnUpBlock2D",) * 2, cross_attention_dim=12, attention_head_dim=2,
+                  norm_num_groups=4, sample_size=8)
+
+
+def loss_by_hand(groups: list[Tensor], tau: float) -> float:
+    """METHOD, written with loops and the math module."""
+    maps = [(c, one.flatten().tolist()) for c, group in enumerate(groups) for one in group]
+
+    def sim(a: list[float], b: list[float]) -> float:
+        norms = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(x * x for x in b))
+        return sum(x * y for x, y in zip(a, b)) / norms if norms else 0.0
+    terms = []
+    for (i, (ci, a)), (j, (cj, b)) in itertools.permutations(enumerate(maps), 2):
+        if ci == cj:
+            positive = math.exp(sim(a, b) / tau)
+            negative = sum(math.exp(sim(a, n) / tau) for cn, n in maps if cn != ci)
+            terms.append(-math.log(positive / (positive + negative)))
+    return sum(terms) / len(terms)
+
+
+def some_maps(*counts: int, side: int = 5) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(sum(counts))
+    return [torch.rand(n, side, side + 1, generator=generator, dtype=torch.float64) for n in counts]
+
+
+@pytest.mark.parametrize("counts", [(2, 2), (3, 4), (2, 3, 5), (2,) * 8])
+@pytest.mark.parametrize("tau", [0.5, 0.07])
+def test_loss_equals_the_formula(counts, tau):
+    groups = some_maps(*counts)
+    assert clora.info_nce_loss(groups, tau).item() == pytest.approx(loss_by_hand(groups, tau), rel=1e-10)
+
+
+def test_loss_gradient_equals_central_differences():
+    groups = some_maps(3, 2, side=3)
+    leaves = [group.clone().requires_grad_() for group in groups]
+    gradients = torch.autograd.grad(clora.info_nce_loss(leaves), leaves)
+    step = 1e-6
+    for g, group in enumerate(groups):
+        for index in itertools.product(*map(range, group.shape)):
+            ends = []
+            for sign in (1, -1):
+                moved = [x.clone() for x in groups]
+                moved[g][index] += sign * step
+                ends.append(loss_by_hand(moved, 0.5))
+            assert gradients[g][index].item() == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-6, abs=1e-10)
+
+
+def test_loss_of_constant_maps_is_finite():
+    groups = [torch.ones(2, 4, 4), torch.rand(2, 4, 4)]
+    leaves = [group.requires_grad_() for group in groups]
+    loss = clora.info_nce_loss([clora.rescale(group) for group in leaves])
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(gradient).all() for gradient in torch.autograd.grad(loss, leaves))
+
+
+def test_loss_of_one_concept_is_zero():
+    """K = 1 has no other concept: nothing to push from, so the loss and its gradient are zero."""
+    group = torch.rand(3, 4, 4).requires_grad_()
+    loss = clora.info_nce_loss([group])
+    assert loss.item() == 0 and torch.autograd.grad(loss, group)[0].abs().max() == 0
+
+
+def test_loss_ignores_scale_and_order():
+    a, b = some_maps(3, 3)
+    loss = clora.info_nce_loss([a, b])
+    assert torch.allclose(loss, clora.info_nce_loss([a * 7, b * 0.1]))
+    assert torch.allclose(loss, clora.info_nce_loss([b, a.flip(0)]))
+
+
+def test_separated_concepts_have_a_lower_loss():
+    left, right = torch.zeros(2, 4, 4), torch.zeros(2, 4, 4)
+    left[:, :, :2], right[:, :, 2:] = 1, 1
+    assert clora.info_nce_loss([left, right]) < clora.info_nce_loss([left, left]) - 0.5
+
+
+def test_attention_maps_are_the_mean_over_layers_and_heads():
+    layers = [torch.rand(3, 4, 6, 77), torch.rand(3, 4, 6, 77)]
+    maps = clora.attention_maps(layers, (2, 3))
+    by_hand = sum(layer[1, head, 4, 9] for layer in layers for head in range(4)) / 8
+    assert maps.shape == (3, 2, 3, 77) and torch.allclose(maps[1, 1, 1, 9], by_hand)
+
+
+def test_mask_is_the_union_of_thresholded_maps():
+    maps = torch.tensor([[[1.0, 0.4, 0.1]], [[0.0, 0.1, 2.0]]])
+    assert clora.concept_mask(maps, 0.4).tolist() == [[True, True, True]]
+    assert clora.concept_mask(maps, 0.4, ties=False).tolist() == [[True, False, True]]
+    assert clora.concept_mask(maps[:1], 0.41).tolist() == [[True, False, False]]
+    assert clora.concept_mask(maps, 0.0).all()
+
+
+def test_masks_cover_every_pixel_and_fit_any_size():
+    recipe, maps = Recipe(threshold=0.9), torch.rand(3, 3, 5, 77)
+    masks = clora.variant_masks(maps, [(2, 3), (5,)], (11, 17), recipe)
+    assert masks.shape == (3, 11, 17) and (masks.sum(0) >= 1).all()
+    assert torch.equal(masks[0], 1 - masks[1:].amax(0))
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("dilate", [[0, 1, 1, 1, 0]] * 3 + [[0] * 5]), ("erode", [[0] * 5] * 4),
+    ("open", [[0] * 5] * 4), ("close", [[0] * 5, [0, 0, 1, 0, 0], [0] * 5, [0] * 5])])
+def test_morphology_of_one_pixel(name, expected):
+    mask = torch.zeros(4, 5, dtype=torch.bool)
+    mask[1, 2] = True
+    assert clora.morphology(mask, Recipe(**{name: True})).int().tolist() == expected
+
+
+def test_morphology_leaves_a_full_mask_full():
+    full = torch.ones(4, 5, dtype=torch.bool)
+    assert clora.morphology(full, Recipe(dilate=True, erode=True, open=True, close=True)).all()
+
+
+def test_blend_averages_overlaps_and_keeps_single_owners():
+    noise = torch.stack([torch.full((4, 2, 2), float(v)) for v in range(3)])
+    masks = torch.tensor([[[1, 0], [0, 0]], [[0, 1], [1, 0]], [[0, 0], [1, 1]]])
+    assert clora.blend(noise, masks)[0, 0].tolist() == [[0, 1], [1.5, 2]]
+
+
+def test_blend_of_noise_is_blend_of_latents_under_ddim():
+    """The paper blends the latents after the step, the release the noise before it: with DDIM, eta 0, the same thing."""
+    torch.manual_seed(0)
+    z, noise = torch.randn(1, 4, 6, 8, dtype=torch.float64), torch.randn(3, 4, 6, 8, dtype=torch.float64)
+    masks = (torch.rand(3, 6, 8) > 0.5).double()
+    masks[0] = torch.maximum(masks[0], 1 - masks.amax(0))
+    scheduler = make_scheduler(SD15_SCHEDULER, 50)
+    for i in (0, 13, 49):
+        blended_first, _ = scheduler.step(clora.blend(noise, masks), i, z)
+        stepped_first = torch.cat([scheduler.step(one[None], i, z)[0] for one in noise])
+        assert (clora.blend(stepped_first, masks) - blended_first).abs().max() < 1e-10
+
+
+def test_update_is_a_gradient_step():
+    z, gradient = torch.randn(1, 4, 3, 3), torch.randn(1, 4, 3, 3)
+    assert torch.equal(clora.update_latents(z, gradient, 20), z - 20 * gradient)
+    assert torch.equal(clora.update_latents(z, gradient, 0), z)
+
+
+def test_guidance_limits():
+    uncond, cond = torch.randn(1, 4, 5, 5), torch.randn(1, 4, 5, 5)
+    assert torch.allclose(clora.guide(uncond, cond, Recipe(guidance=1.0)), cond)
+    rescaled = clora.guide(uncond, cond, Recipe(guidance=7.5, guidance_rescale=1.0))
+    assert torch.allclose(rescaled.std(), cond.std())
+
+
+def tiny_plan(variants: int = 3, dtype: torch.dtype = torch.float64) -> clora.Plan:
+    generator = torch.Generator().manual_seed(1)
+    context = torch.randn(2 * variants, 77, TINY.cross_attention_dim, generator=generator, dtype=dtype)
+    concepts = tuple(tuple((v, token) for v in range(variants) for token in ((2 + 3 * k, 3 + 3 * k) if v == k + 1 else (3 + 3 * k,)))
+                     for k in range(variants - 1))
+    return clora.Plan(("",) * variants, context, torch.zeros(2 * variants, 1, dtype=dtype), concepts)
+
+
+@pytest.mark.parametrize("name", ["paper", "release"])
+def test_gradient_through_the_unet_equals_central_differences(name):
+    torch.manual_seed(0)
+    unet, plan, recipe = UNet(TINY).double().eval().requires_grad_(False), tiny_plan(), RECIPES[name]
+    layers, z = unet.map_layers(1), torch.randn(1, 4, 6, 8, dtype=torch.float64)
+    _, gradient = clora.contrast(unet, z, 500, plan, layers, recipe)
+    direction = torch.randn_like(z)
+    # central differences along random directions and single entries; both see every part of the chain
+    for d in [direction / direction.norm(), *torch.eye(z.numel(), dtype=z.dtype)[::37].view(-1, *z.shape)]:
+        step = 1e-5
+        ends = [clora.contrast(unet, z + s * step * d, 500, plan, layers, recipe)[0].item() for s in (1, -1)]
+        assert (gradient * d).sum().item() == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-4, abs=1e-9)
+
+
+def test_updates_lower_the_loss():
+    torch.manual_seed(0)
+    unet, plan, recipe = UNet(TINY).double().eval().requires_grad_(False), tiny_plan(), RECIPES["paper"]
+    layers, z = unet.map_layers(1), torch.randn(1, 4, 8, 8, dtype=torch.float64)
+    losses = []
+    for _ in range(20):
+        loss, gradient = clora.contrast(unet, z, 500, plan, layers, recipe)
+        losses.append(loss.item())
+        z = clora.update_latents(z, gradient, 0.5 / gradient.norm().item())
+    assert losses[-1] < losses[0]
+
+
+def test_maps_are_not_transposed_for_wide_pictures():
+    probs = {"layer": torch.arange(2 * 3, dtype=torch.float32).view(1, 1, 6, 1).expand(1, 2, 6, 77)}
+    assert clora.read_maps(probs, ("layer",), (8, 12), 1)[0, :, :, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert clora.read_maps(probs, ("layer",), (12, 8), 1)[0, :, :, 0].tolist() == [[0, 1], [2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize("prompt, word, trigger, expected", [
+    ("a cat and a dog", "cat", "sks cat", "a sks cat and a dog"), ("a Cat, please", "cat", "x", "a x, please"),
+    ("category of cat", "cat", r"\1", r"category of \1"), ("a cat-dog", "dog", "d", "a cat-d")])
+def test_swapping_a_word(prompt, word, trigger, expected):
+    assert clora.swap_word(prompt, word, trigger) == expected
