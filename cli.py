@@ -23,7 +23,8 @@ from weights import Model, load_model
 HERE = Path(__file__).resolve().parent
 TOY = HERE / "weights" / "toy"
 DEMO = {"prompt": "a ball and a star on the grass",
-        "lora": [[str(TOY / "loras/zib.safetensors"), "ball=zib ball"], [str(TOY / "loras/tam.safetensors"), "star=tam star"]]}
+        "lora": [[str(TOY / "loras/zib.safetensors"), "ball=zib ball"],
+                 [str(TOY / "loras/tam.safetensors"), "star=tam star"]]}
 CHOICES = {"scheduler": ("ddim", "pndm", "dpm++"), "maps_from": ("cond", "both"), "noise_from": ("after", "before")}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
           "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -52,7 +53,8 @@ def make_parser() -> Parser:
     parser = Parser(prog="clora.py", description="Composes several LoRAs in one Stable Diffusion 1.5 image (CLoRA).",
                     epilog="Without --prompt and --lora it runs a demonstration on the small embedded model.")
     add = parser.add_argument_group("what to draw").add_argument
-    add("--model", default=str(TOY), metavar="MODEL", help="diffusers folder, single-file .safetensors or .ckpt, or hub id (default: the embedded model)")
+    add("--model", default=str(TOY), metavar="MODEL",
+        help="diffusers folder, single-file .safetensors or .ckpt, or hub id (default: the embedded model)")
     add("--prompt", help=f"names every subject's word once (default: {DEMO['prompt']!r})")
     add("--negative", default="", metavar="TEXT", help="negative prompt")
     add("--lora", nargs=2, action="append", metavar=("FILE[:WEIGHT]", "SUBJECT[=TRIGGER]"),
@@ -66,18 +68,20 @@ def make_parser() -> Parser:
 
     add = parser.add_argument_group("where and how").add_argument
     add("--out", default="out", metavar="FOLDER", help="folder of the images (default: out)")
-    add("--panel", action=argparse.BooleanOptionalAction, help="a second picture: maps, masks and plain merging (default: in the demonstration)")
+    add("--panel", action=argparse.BooleanOptionalAction,
+        help="a second picture: maps, masks and plain merging (default: in the demonstration)")
     add("--trace", metavar="FILE.safetensors", help="write every step's maps, masks, losses and latents")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", choices=DTYPES, help="default: float16 on CUDA, float32 on the CPU")
     add("--quiet", action="store_true", help="no progress bar")
 
-    group = parser.add_argument_group("the recipe", "every choice of the method; the recipe sets them all, each flag changes one")
+    group = parser.add_argument_group("the recipe", "every choice of the method: the recipe sets all, a flag changes one")
     group.add_argument("--recipe", choices=RECIPES, default="paper", help="paper (default) or release")
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Recipe), re.MULTILINE))
     for field in dataclasses.fields(Recipe):
         flag, default = "--" + field.name.replace("_", "-"), getattr(RECIPES["paper"], field.name)
-        options: dict = {"help": f"{comments[field.name]} (paper: {default}, release: {getattr(RECIPES['release'], field.name)})"}
+        values = ", ".join(f"{name}: {getattr(recipe, field.name)}" for name, recipe in RECIPES.items())
+        options: dict = {"help": f"{comments[field.name]} ({values})"}
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
         else:
@@ -214,7 +218,8 @@ def run(args: argparse.Namespace) -> None:
             report.save_trace(trace if len(seeds) == 1 else trace.with_stem(f"{trace.stem}-{seed}"), steps)
         if panel:
             merge = clora.make_plan(model, args.prompt, subjects, style, args.negative, "merge", recipe)
-            merged = clora.decode(model, draw(model, merge, recipe, noise, seed, f"merge, seed {seed}", args.quiet)[0])[0].numpy()
+            latents, _ = draw(model, merge, recipe, noise, seed, f"merge, seed {seed}", args.quiet)
+            merged = clora.decode(model, latents)[0].numpy()
             clora.make_plan(model, args.prompt, subjects, style, args.negative, args.method, recipe)
             names = [subject.trigger for subject in subjects]
             path = out / f"{args.method}-{seed}-panel.png"

@@ -27,7 +27,7 @@ def loss_by_hand(groups: list[Tensor], tau: float) -> float:
         norms = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(x * x for x in b))
         return sum(x * y for x, y in zip(a, b)) / norms if norms else 0.0
     terms = []
-    for (i, (ci, a)), (j, (cj, b)) in itertools.permutations(enumerate(maps), 2):
+    for (ci, a), (cj, b) in itertools.permutations(maps, 2):
         if ci == cj:
             positive = math.exp(sim(a, b) / tau)
             negative = sum(math.exp(sim(a, n) / tau) for cn, n in maps if cn != ci)
@@ -161,8 +161,9 @@ def test_guidance_limits():
 def tiny_plan(variants: int = 3, dtype: torch.dtype = torch.float64) -> clora.Plan:
     generator = torch.Generator().manual_seed(1)
     context = torch.randn(2 * variants, 77, TINY.cross_attention_dim, generator=generator, dtype=dtype)
-    concepts = tuple(tuple((v, token) for v in range(variants) for token in ((2 + 3 * k, 3 + 3 * k) if v == k + 1 else (3 + 3 * k,)))
-                     for k in range(variants - 1))
+    concepts = tuple(
+        tuple((v, token) for v in range(variants) for token in ((2 + 3 * k, 3 + 3 * k) if v == k + 1 else (3 + 3 * k,)))
+        for k in range(variants - 1))
     return clora.Plan(("",) * variants, context, torch.zeros(2 * variants, 1, dtype=dtype), concepts)
 
 

@@ -49,7 +49,8 @@ def run(request, model):
 
 def test_words_are_found_where_the_release_was_told_they_are(run):
     args, _, plan, _, _ = run
-    theirs = [[(v, token) for v, tokens in enumerate(group) for token in tokens] for group in args["important_token_indices"]]
+    theirs = [[(v, token) for v, tokens in enumerate(group) for token in tokens]
+              for group in args["important_token_indices"]]
     assert [list(concept) for concept in plan.concepts] == theirs
     assert [list(words) for words in plan.words] == args["mask_indices"][1:]
 
@@ -88,10 +89,9 @@ def test_gradients(run, model):
     if not args["latent_update"]:
         return
     recipe, layers = clora.RECIPES["release"], model.unet.map_layers(2)
-    lora_rows = plan  # the fixture of another format may have been attached since
     for e in (0, 3, 5, 10):
         t = int(tensors["timesteps"][tensors["eval_step"][e]])
-        loss, gradient = clora.contrast(model.unet, tensors["eval_latents_in"][e][None], t, lora_rows, layers, recipe)
+        loss, gradient = clora.contrast(model.unet, tensors["eval_latents_in"][e][None], t, plan, layers, recipe)
         assert relative(loss, tensors["eval_loss"][e]) < 1e-5
         assert relative(gradient[0], tensors["eval_grad"][e]) < 1e-4
 

@@ -241,7 +241,8 @@ def place_things(rng: np.random.Generator, count: int) -> list[tuple[float, floa
         spots = []
         for _ in range(count):
             radius = rng.uniform(*big)
-            spots.append((rng.uniform(radius + 2, SIZE - radius - 2), rng.uniform(radius + 2, SIZE - radius - 2), radius))
+            x, y = rng.uniform(radius + 2, SIZE - radius - 2, 2)
+            spots.append((x, y, radius))
         if all(np.hypot(a[0] - b[0], a[1] - b[1]) > 0.95 * (a[2] + b[2]) for i, a in enumerate(spots) for b in spots[:i]):
             return spots
 

@@ -73,7 +73,8 @@ class Run:
     def backward(self, loss: Tensor, **parts: Tensor) -> None:
         """One optimiser step on `loss`: warm-up, then cosine decay; then the moving average; then the log."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * min(1, (self.step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / self.steps)))
+            cosine = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+            group["lr"] = self.lr * min(1, (self.step + 1) / 100) * (0.02 + 0.98 * cosine)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -467,8 +468,8 @@ def train_lora(args: argparse.Namespace) -> None:
             for key, layer in layers.items():
                 layer.down, layer.up = factors[key].down, factors[key].up * factors[key].scale
                 layer.owner = torch.zeros(rank, dtype=torch.long, device=args.device)
-            weights = {f"{key}.weight": layer.weight + text_factors[key].scale * text_factors[key].up @ text_factors[key].down
-                       for key, layer in text_layers.items()}
+            weights = {f"{key}.weight": layer.weight + factor.scale * factor.up @ factor.down
+                       for (key, layer), factor in zip(text_layers.items(), text_factors.values())}
             context = torch.func.functional_call(text, weights, (batch_ids,)).last_hidden_state
             loss, localise = diffusion_loss(unet, context, latents, seen, alphas, rows_on)
             run.backward(loss + 0.02 * localise, noise=loss, maps=localise)

@@ -1,0 +1,229 @@
+"""Samplers, built from the published scheduler_config.json: DDIM, PNDM as SD 1.5 ships it, DPM-Solver++ (2M).
+
+A scheduler is stateless: `step` returns new latents and the history that the next step needs, and changes nothing.
+
+    scheduler = make_scheduler(config, steps=50)
+    history = ()
+    for i, t in enumerate(scheduler.timesteps):
+        latents, history = scheduler.step(predict_noise(latents, t), i, latents, history)
+
+Notation: z_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps, with a_t the cumulative product of 1 - beta ("alphas_cumprod").
+Coefficients are Python floats, so that latents of any precision and device keep theirs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+History = tuple[Any, ...]
+
+# What every published SD 1.x config has, where it has the key at all: {key: the values that change nothing here}
+FIXED: dict[str, tuple] = {
+    "trained_betas": (None,), "thresholding": (False,), "rescale_betas_zero_snr": (False,), "skip_prk_steps": (True,),
+    "use_karras_sigmas": (False, None), "use_exponential_sigmas": (False, None), "use_beta_sigmas": (False, None),
+    "use_lu_lambdas": (False, None), "use_flow_sigmas": (False, None), "euler_at_final": (False,), "solver_order": (2,),
+    "algorithm_type": ("dpmsolver++",), "solver_type": ("midpoint",), "final_sigmas_type": ("zero",),
+}
+
+
+class Scheduler:
+    """What all samplers share: the noise schedule and the choice of timesteps."""
+
+    init_noise_sigma = 1.0
+    set_alpha_to_one = False            # what the class takes where the config is silent
+    timestep_spacing = "leading"
+    options: tuple[str, ...] = ()       # keys of FIXED that this sampler would have to obey
+
+    def __init__(self, config: dict, steps: int, eta: float = 0.0):
+        prediction = config.get("prediction_type", "epsilon")
+        if prediction != "epsilon":
+            raise ValueError(f"the scheduler's prediction_type is {prediction!r}; it looks like SD 2.x (v-prediction), "
+                             "and this is an SD 1.x implementation")
+        for key in ("trained_betas", "thresholding", "rescale_betas_zero_snr", *self.options):
+            if key in config and config[key] not in FIXED[key]:
+                raise ValueError(f"scheduler_config.json: {key} = {config[key]!r} is not supported")
+        self.train_steps = config.get("num_train_timesteps", 1000)
+        if not 1 <= steps <= self.train_steps:
+            raise ValueError(f"the number of steps must be between 1 and {self.train_steps}, not {steps}")
+        self.config, self.steps, self.eta = config, steps, eta
+        self.alphas = _alphas_cumprod(config, self.train_steps)                     # a_t, train_steps floats
+        # what stands for "before the first timestep" (DDIM, section C.1)
+        self.final_alpha = 1.0 if config.get("set_alpha_to_one", self.set_alpha_to_one) else self.alphas[0]
+        self.timesteps = self.make_timesteps()
+        if max(self.timesteps) >= self.train_steps:
+            raise ValueError(f"{steps} steps with steps_offset {config['steps_offset']} would begin at timestep "
+                             f"{max(self.timesteps)}, beyond the last one, {self.train_steps - 1}: use fewer steps")
+
+    def make_timesteps(self) -> tuple[int, ...]:
+        """Descending timesteps ("leading", "trailing", "linspace": arXiv 2305.08891, table 2)."""
+        spacing, total = self.config.get("timestep_spacing", self.timestep_spacing), self.train_steps
+        if spacing == "leading":
+            ratio, offset = total // self.steps, self.config.get("steps_offset", 0)
+            return tuple(n * ratio + offset for n in reversed(range(self.steps)))
+        if spacing == "trailing":
+            return tuple((np.round(np.arange(total, 0, -total / self.steps)) - 1).astype(int).tolist())
+        if spacing == "linspace":
+            return tuple(np.linspace(0, total - 1, self.steps).round()[::-1].astype(int).tolist())
+        raise ValueError(f"scheduler_config.json: timestep_spacing {spacing!r} is not known")
+
+    def step(self, noise: Tensor, i: int, latents: Tensor, history: History = (),
+             generator: torch.Generator | None = None) -> tuple[Tensor, History]:
+        """Goes from timesteps[i] to the next lower one -> (latents, history for the next call).
+
+        noise, latents [B, C, h, w]; history is () at the first step; `generator` serves DDIM with eta > 0.
+        """
+        raise NotImplementedError
+
+    def alpha(self, t: int) -> float:
+        return self.alphas[t] if t >= 0 else self.final_alpha
+
+    def predict_x0(self, noise: Tensor, i: int, latents: Tensor) -> Tensor:
+        """The picture that this noise prediction implies: x0 = (z_t - sqrt(1 - a_t) eps) / sqrt(a_t), same shape."""
+        a = self.alpha(self.timesteps[i])
+        return (latents - math.sqrt(1 - a) * noise) / math.sqrt(a)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
+        """z_t of clean latents [B, C, h, w] at timesteps t, an int or [B]."""
+        a = torch.tensor(self.alphas, device=latents.device)[t].to(latents.dtype).reshape(-1, 1, 1, 1)
+        return a.sqrt() * latents + (1 - a).sqrt() * noise
+
+
+def _alphas_cumprod(config: dict, count: int) -> list[float]:
+    # float32, as every checkpoint of the family was trained with
+    start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
+    kind = config.get("beta_schedule", "linear")
+    if kind == "scaled_linear":
+        betas = torch.linspace(start ** 0.5, end ** 0.5, count, dtype=torch.float32) ** 2
+    elif kind == "linear":
+        betas = torch.linspace(start, end, count, dtype=torch.float32)
+    elif kind == "squaredcos_cap_v2":
+        def bar(u: float) -> float:
+            return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = torch.tensor([min(1 - bar((i + 1) / count) / bar(i / count), 0.999) for i in range(count)])
+    else:
+        raise ValueError(f"scheduler_config.json: beta_schedule {kind!r} is not known")
+    return (1.0 - betas).cumprod(0).tolist()
+
+
+class DDIM(Scheduler):
+    """Denoising diffusion implicit models (arXiv 2010.02502), eq. 12 and 16; eta 0 is deterministic."""
+
+    set_alpha_to_one = True
+
+    def step(self, noise: Tensor, i: int, latents: Tensor, history: History = (),
+             generator: torch.Generator | None = None) -> tuple[Tensor, History]:
+        t = self.timesteps[i]
+        now, then = self.alpha(t), self.alpha(t - self.train_steps // self.steps)
+        x0 = self.predict_x0(noise, i, latents)
+        if self.config.get("clip_sample", True):
+            limit = self.config.get("clip_sample_range", 1.0)
+            x0 = x0.clamp(-limit, limit)
+        sigma = self.eta * math.sqrt((1 - then) / (1 - now) * (1 - now / then))     # eq. 16
+        latents = math.sqrt(then) * x0 + math.sqrt(1 - then - sigma ** 2) * noise   # eq. 12
+        if self.eta > 0:
+            # drawn where the generator lives, as diffusers does, so that a seed means one picture on every device
+            device = noise.device if generator is None else generator.device
+            fresh = torch.randn(noise.shape, generator=generator, device=device, dtype=noise.dtype)
+            latents = latents + sigma * fresh.to(noise.device)
+        return latents, ()
+
+
+class PNDM(Scheduler):
+    """Pseudo linear multistep (arXiv 2202.09778, eq. 9 and 12) as SD 1.5 ships it: no Runge-Kutta warm-up.
+
+    The second timestep is visited twice: the first move is repeated with the mean of two predictions.
+    """
+
+    options = ("skip_prk_steps",)
+
+    def make_timesteps(self) -> tuple[int, ...]:
+        if not self.config.get("skip_prk_steps", False):
+            raise ValueError("scheduler_config.json: PNDM with skip_prk_steps false (Runge-Kutta steps) is not supported")
+        t = super().make_timesteps()
+        return t if len(t) == 1 else (t[0], t[1], *t[1:])
+
+    def step(self, noise: Tensor, i: int, latents: Tensor, history: History = (),
+             generator: torch.Generator | None = None) -> tuple[Tensor, History]:
+        t, ratio = self.timesteps[i], self.train_steps // self.steps
+        if i == 1:                      # history: (first prediction, latents it was made at)
+            past, latents = history[:1], history[1]
+            noise = (noise + past[0]) / 2
+            return self._transfer(latents, t + ratio, t, noise), past
+        past = (*history, noise)[-4:]
+        if len(past) == 1:
+            return self._transfer(latents, t, t - ratio, noise), (noise, latents)
+        if len(past) == 2:
+            noise = (3 * past[1] - past[0]) / 2
+        elif len(past) == 3:
+            noise = (23 * past[2] - 16 * past[1] + 5 * past[0]) / 12
+        else:
+            noise = (55 * past[3] - 59 * past[2] + 37 * past[1] - 9 * past[0]) / 24
+        return self._transfer(latents, t, t - ratio, noise), past
+
+    def _transfer(self, latents: Tensor, t: int, before: int, noise: Tensor) -> Tensor:
+        """Eq. 9 of the paper: from timestep t to `before` along one noise estimate."""
+        now, then = self.alpha(t), self.alpha(before)
+        slope = (then - now) / (now * math.sqrt(1 - then) + math.sqrt(now * (1 - now) * then))
+        return math.sqrt(then / now) * latents - slope * noise
+
+
+class DPMSolverPP(Scheduler):
+    """DPM-Solver++ (2M), arXiv 2211.01095, algorithm 2, midpoint; the last step is of first order and ends at x0."""
+
+    timestep_spacing = "linspace"
+    options = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas",
+               "euler_at_final", "solver_order", "algorithm_type", "solver_type", "final_sigmas_type")
+
+    def make_timesteps(self) -> tuple[int, ...]:
+        # one more than asked for and the last left out: the end, t = 0, is a point of its own
+        spacing = self.config.get("timestep_spacing", self.timestep_spacing)
+        if spacing == "leading":
+            ratio, offset = self.train_steps // (self.steps + 1), self.config.get("steps_offset", 0)
+            return tuple(n * ratio + offset for n in reversed(range(1, self.steps + 1)))
+        if spacing == "linspace":
+            return tuple(np.linspace(0, self.train_steps - 1, self.steps + 1).round()[:0:-1].astype(int).tolist())
+        return super().make_timesteps()
+
+    def step(self, noise: Tensor, i: int, latents: Tensor, history: History = (),
+             generator: torch.Generator | None = None) -> tuple[Tensor, History]:
+        x0 = self.predict_x0(noise, i, latents)
+        if i == len(self.timesteps) - 1:
+            return x0, ()               # sigma is 0 there: all that is left is the estimate
+
+        def point(n: int) -> tuple[float, float, float]:
+            a = self.alphas[self.timesteps[n]]
+            return math.sqrt(a), math.sqrt(1 - a), 0.5 * math.log(a / (1 - a))      # alpha, sigma, lambda
+        (_, sigma, now), (alpha_next, sigma_next, then) = point(i), point(i + 1)
+        h = then - now
+        mean = x0
+        if history:
+            ratio = (now - point(i - 1)[2]) / h
+            mean = x0 + (x0 - history[0]) / (2 * ratio)
+        return sigma_next / sigma * latents - alpha_next * math.expm1(-h) * mean, (x0,)
+
+
+SCHEDULERS: dict[str, type[Scheduler]] = {"ddim": DDIM, "pndm": PNDM, "dpm++": DPMSolverPP}
+CLASSES = {"DDIMScheduler": "ddim", "PNDMScheduler": "pndm", "DPMSolverMultistepScheduler": "dpm++"}
+
+
+def make_scheduler(config: dict, steps: int, name: str | None = None, eta: float = 0.0) -> Scheduler:
+    """A sampler of `steps` steps from the contents of scheduler_config.json; `name` takes another one than it names.
+
+    ValueError: an unknown class or name, a schedule or an option that is not supported, a number of steps out of range.
+    """
+    if name is None:
+        kind = config.get("_class_name", "")
+        if kind not in CLASSES:
+            raise ValueError(f"scheduler_config.json: {kind or 'no class'} is not supported; "
+                             f"choose one with --scheduler {', '.join(SCHEDULERS)}")
+        return SCHEDULERS[CLASSES[kind]](config, steps, eta)
+    if name not in SCHEDULERS:
+        raise ValueError(f"there is no scheduler called {name}; choose from {', '.join(SCHEDULERS)}")
+    if name == "pndm":                  # the only form there is here; a config of another class does not say
+        config = {"skip_prk_steps": True, **config}
+    return SCHEDULERS[name](config, steps, eta)
