@@ -8,6 +8,7 @@ Shapes: B rows, N image tokens (h * w), T text tokens (77), C channels, D text w
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,9 +16,9 @@ from lora import LoRAConv2d, LoRALinear
 
 
 def attention_probs(query: Tensor, key: Tensor) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) in float32: query [B, H, N, d], key [B, H, T, d] -> [B, H, N, T]."""
+    """softmax(Q K^T / sqrt(d)) in float32 at least: query [B, H, N, d], key [B, H, T, d] -> [B, H, N, T]."""
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5                # [B, H, N, T]
-    return scores.float().softmax(dim=-1)
+    return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
 class Attention(nn.Module):

@@ -85,7 +85,7 @@ def info_nce_loss(groups: Sequence[Tensor], temperature: float = 0.5) -> Tensor:
     """
     maps = torch.cat([group.flatten(1) for group in groups])                        # [M, P]
     label = torch.cat([torch.full((len(group),), c) for c, group in enumerate(groups)]).to(maps.device)
-    directions = F.normalize(maps, dim=1)
+    directions = divide(maps, maps.norm(dim=1, keepdim=True))
     similarity = directions @ directions.T / temperature                            # [M, M]
     same = label[:, None] == label[None, :]
     negatives = similarity.masked_fill(same, float("-inf")).logsumexp(dim=1, keepdim=True)      # [M, 1]
@@ -97,7 +97,12 @@ def info_nce_loss(groups: Sequence[Tensor], temperature: float = 0.5) -> Tensor:
 def rescale(maps: Tensor) -> Tensor:
     """Each map [..., m, n] scaled to 0..1 by its own minimum and maximum; a constant map becomes zero."""
     low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
-    return (maps - low) / (high - low).clamp(min=torch.finfo(maps.dtype).tiny)
+    return divide(maps - low, high - low)
+
+
+def divide(x: Tensor, y: Tensor) -> Tensor:
+    """x / y, and x itself where y is 0, so that neither the value nor the gradient of a constant map is NaN."""
+    return x / torch.where(y > 0, y, 1.0)
 
 
 def update_latents(latents: Tensor, gradient: Tensor, alpha: float) -> Tensor:

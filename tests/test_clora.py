@@ -112,13 +112,20 @@ def test_masks_cover_every_pixel_and_fit_any_size():
     assert torch.equal(masks[0], 1 - masks[1:].amax(0))
 
 
-@pytest.mark.parametrize("name, expected", [
-    ("dilate", [[0, 1, 1, 1, 0]] * 3 + [[0] * 5]), ("erode", [[0] * 5] * 4),
-    ("open", [[0] * 5] * 4), ("close", [[0] * 5, [0, 0, 1, 0, 0], [0] * 5, [0] * 5])])
-def test_morphology_of_one_pixel(name, expected):
-    mask = torch.zeros(4, 5, dtype=torch.bool)
-    mask[1, 2] = True
-    assert clora.morphology(mask, Recipe(**{name: True})).int().tolist() == expected
+@pytest.mark.parametrize("name, pixels", [("dilate", 9), ("erode", 0), ("open", 0), ("close", 1)])
+def test_morphology_of_one_pixel(name, pixels):
+    mask = torch.zeros(5, 7, dtype=torch.bool)
+    mask[2, 3] = True
+    out = clora.morphology(mask, Recipe(**{name: True}))
+    assert out.sum() == pixels and out[1:4, 2:5].sum() == pixels
+
+
+def test_morphology_does_not_eat_the_border():
+    """What lies outside the picture neither grows nor erodes a mask."""
+    mask = torch.zeros(5, 7, dtype=torch.bool)
+    mask[:, :3] = True
+    assert clora.morphology(mask, Recipe(erode=True)).int().sum(1).tolist() == [2] * 5
+    assert torch.equal(clora.morphology(mask, Recipe(open=True, close=True)), mask)
 
 
 def test_morphology_leaves_a_full_mask_full():

@@ -9,8 +9,8 @@ from scheduler import make_scheduler  # noqa: E402
 
 BASE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 CLASSES = {"ddim": "DDIMScheduler", "pndm": "PNDMScheduler", "dpm++": "DPMSolverMultistepScheduler"}
-OWN = {"ddim": {"set_alpha_to_one": False, "clip_sample": False}, "pndm": {"set_alpha_to_one": False, "skip_prk_steps": True},
-       "dpm++": {}}
+OWN = {"ddim": {"set_alpha_to_one": False, "clip_sample": False},
+       "pndm": {"set_alpha_to_one": False, "skip_prk_steps": True}, "dpm++": {}}
 
 
 def fake_model(latents: torch.Tensor, t: int) -> torch.Tensor:

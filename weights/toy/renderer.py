@@ -222,7 +222,8 @@ def object_masks(scene: Scene) -> np.ndarray:
 
 def caption(scene: Scene) -> str:
     """What a person would write under the picture, left to right."""
-    phrases = [f"{'an' if thing.phrase[0] in 'aeiou' else 'a'} {thing.phrase}" for thing in sorted(scene.things, key=lambda thing: thing.x)]
+    phrases = [f"{'an' if thing.phrase[0] in 'aeiou' else 'a'} {thing.phrase}"
+               for thing in sorted(scene.things, key=lambda thing: thing.x)]
     if len(phrases) > 2:
         text = ", ".join(phrases[:-1]) + " and " + phrases[-1]
     else:

@@ -1,0 +1,77 @@
+"""Text: prompts to CLIP embeddings, and words to token positions, so that nobody counts tokens by hand.
+
+The tokenizer and the text model are those of transformers. Index 0 is the start token, as in every attention map.
+Shapes: B prompts, T = 77 tokens, D text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class TextEncoder:
+    def __init__(self, tokenizer: Any, model: nn.Module):
+        self.tokenizer, self.model = tokenizer, model       # transformers' CLIPTokenizer and CLIPTextModel
+        self.length: int = tokenizer.model_max_length       # 77
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], weights: dict[str, Tensor] | None = None,
+               clip_skip: int | None = None) -> Tensor:
+        """Prompts -> [B, T, D], cut or padded to 77 tokens.
+
+        weights: parameters that stand in for the model's own, by name (a LoRA merged in; lora.merged_weights).
+        clip_skip: leave out that many of the last layers; the final norm still applies, as in diffusers.
+        """
+        ids = self.tokenizer(list(prompts), padding="max_length", max_length=self.length, truncation=True,
+                             return_tensors="pt").input_ids                         # [B, T]
+        ids = ids.to(next(self.model.parameters()).device)
+        out = torch.func.functional_call(self.model, weights or {}, (ids,),
+                                         {"output_hidden_states": clip_skip is not None, "return_dict": True})
+        if clip_skip is None:
+            return out.last_hidden_state
+        layers = len(out.hidden_states) - 1
+        if not 0 <= clip_skip < layers:
+            raise ValueError(f"clip_skip is {clip_skip}; this text encoder has {layers} layers, so use 0 to {layers - 1}")
+        norm = getattr(self.model, "text_model", self.model).final_layer_norm
+        return norm(out.hidden_states[-(clip_skip + 1)])
+
+    def _ids(self, text: str) -> list[int]:
+        """Token ids of a text without start and end token, uncut."""
+        return self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+
+    def positions(self, prompt: str, phrase: str) -> list[tuple[int, ...]]:
+        """Token positions of every occurrence of a word or phrase in a prompt; [] if there is none.
+
+        Whole words only, whatever their case: CLIP's vocabulary marks the end of a word, so the ids of the phrase
+        occur in the ids of the prompt where the same words stand. Positions beyond the 77th token are given too.
+        """
+        wanted, ids = self._ids(phrase), self._ids(prompt)
+        if not wanted:
+            return []
+        # A BPE token may end where a longer word goes on ("cat" in "wildcat" can be a token of its own): an
+        # occurrence begins a word if the token before it ends one.
+        ends = [token.endswith("</w>") for token in self.tokenizer.convert_ids_to_tokens(ids)]
+        return [tuple(range(n + 1, n + 1 + len(wanted))) for n in range(len(ids) - len(wanted) + 1)
+                if ids[n:n + len(wanted)] == wanted and (n == 0 or ends[n - 1])]
+
+    def find(self, prompt: str, phrase: str) -> tuple[int, ...]:
+        """Token positions of a phrase that occurs exactly once among the tokens that CLIP reads.
+
+        ValueError: it does not occur, it occurs more than once, or it was cut off.
+        """
+        found = self.positions(prompt, phrase)
+        if not found:
+            raise ValueError(f'"{phrase}" is not in the prompt "{prompt}"; name the subject as the prompt does')
+        if len(found) > 1:
+            raise ValueError(f'"{phrase}" occurs {len(found)} times in the prompt "{prompt}"; a subject must occur once')
+        if found[0][-1] > self.length - 2:                  # the last place is the end token's
+            raise ValueError(f'"{phrase}" lies beyond the {self.length} tokens that CLIP reads; shorten the prompt')
+        return found[0]
+
+    def truncated(self, prompt: str) -> str:
+        """What CLIP does not read of a prompt, "" if it reads it all."""
+        return self.tokenizer.decode(self._ids(prompt)[self.length - 2:]).strip()

@@ -1,0 +1,301 @@
+"""Loads a model of the SD 1.x family, wherever it lies:
+
+    load_model("weights/toy")                                   a folder in diffusers' layout
+    load_model("model.safetensors"), load_model("model.ckpt")   a single file in the original LDM layout
+    load_model("stable-diffusion-v1-5/stable-diffusion-v1-5")   a hub id; only the files that are used are fetched
+
+Weights are memory-mapped and become the modules' parameters without a second copy, unless their precision changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from text import TextEncoder
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
+from weights.names import ldm_unet_name, ldm_vae_name
+
+# What SD 1.5 publishes; a single file carries none of it.
+SD15_SCHEDULER = {
+    "_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
+    "clip_sample": False, "trained_betas": None,
+}
+SD15_TEXT = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 768,
+    "vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1,
+}
+TOKENIZER_ID = "openai/clip-vit-large-patch14"              # SD 1.5's tokenizer, for single files
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
+
+
+@dataclass
+class Model:
+    unet: UNet
+    vae: VAE
+    text: TextEncoder
+    scheduler_config: dict
+    name: str                                               # as the caller wrote it
+    files: list[Path]                                       # the weight files it was read from
+    settings: dict = field(default_factory=dict)            # the folder's clora.json: map_level, recipe
+
+    @property
+    def map_level(self) -> int:
+        """Which maps the method reads: latent size / 2^level. 2 in SD 1.5 (16x16 of 64x64)."""
+        return self.settings.get("map_level", 2)
+
+    def hash(self) -> str:
+        """16 hex digits that change with the weights: of each file its size, its first and its last MiB."""
+        digest = hashlib.sha256()
+        for path in sorted(self.files, key=lambda path: path.name):
+            size = path.stat().st_size
+            digest.update(str(size).encode())
+            with open(path, "rb") as file:
+                digest.update(file.read(2 ** 20))
+                file.seek(max(0, size - 2 ** 20))
+                digest.update(file.read())
+        return digest.hexdigest()[:16]
+
+
+def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+    """A model in eval mode without gradients. ValueError, one line that names the file: missing, damaged, another family."""
+    path = Path(source)
+    if path.is_dir():
+        return _load_folder(path, str(source), device, dtype)
+    if path.is_file():
+        return _load_single_file(path, str(source), device, dtype)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in (".safetensors", ".ckpt"):
+        return _load_folder(_fetch(str(source), dtype), str(source), device, dtype)
+    raise ValueError(f"{source}: there is no such file or folder, and it is no hub id (user/name) either")
+
+
+# --- a folder in diffusers' layout ------------------------------------------------------------------------------------
+
+def _load_folder(folder: Path, name: str, device: str, dtype: torch.dtype) -> Model:
+    index = _read_json(folder / "model_index.json")
+    if "XL" in index.get("_class_name", "") or "text_encoder_2" in index:
+        raise ValueError(f"{folder} looks like SDXL; this is an SD 1.x implementation")
+    files: list[Path] = []
+
+    def state(part: str, stem: str, old: str) -> dict[str, Tensor]:
+        path = _weights_file(folder / part, stem, old)
+        files.append(path)
+        return read_state(path)
+
+    unet_config = _parse(UNetConfig.from_dict, folder / "unet/config.json")
+    vae_config = _parse(VAEConfig.from_dict, folder / "vae/config.json")
+    unet_state = state("unet", "diffusion_pytorch_model", "diffusion_pytorch_model.bin")
+    unet = _fill(lambda: UNet(unet_config), unet_state, files[-1], device, dtype)
+    vae_state = _modern_vae(state("vae", "diffusion_pytorch_model", "diffusion_pytorch_model.bin"))
+    vae = _fill(lambda: VAE(vae_config), vae_state, files[-1], device, _vae_dtype(dtype))
+    text_config = _read_json(folder / "text_encoder/config.json")
+    text = _text_model(text_config, state("text_encoder", "model", "pytorch_model.bin"), files[-1], device, dtype)
+    if text_config.get("hidden_size") != unet_config.cross_attention_dim:
+        raise ValueError(f"{folder}: the text encoder is {text_config.get('hidden_size')} wide, "
+                         f"the UNet reads {unet_config.cross_attention_dim}: they are not of one model")
+    settings = _read_json(folder / "clora.json") if (folder / "clora.json").exists() else {}
+    return Model(unet, vae, TextEncoder(_tokenizer(folder / "tokenizer"), text),
+                 _read_json(folder / "scheduler/scheduler_config.json"), name, files, settings)
+
+
+def _weights_file(folder: Path, stem: str, old: str) -> Path:
+    names = (f"{stem}.safetensors", f"{stem}.fp16.safetensors", old)
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"{folder}: the weights are missing; one of {', '.join(names)} must be there")
+
+
+def _vae_dtype(dtype: torch.dtype) -> torch.dtype:
+    # the decoder of SD 1.x overflows in half precision on some pictures; bfloat16 has the range
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _modern_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The attention of published SD 1.x VAEs has the names that diffusers used before 0.15, or LDM's 1x1 convolutions."""
+    old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    out = {}
+    for key, value in state.items():
+        if ".mid_block.attentions.0." in key:
+            parts = key.split(".")
+            parts[-2] = old.get(parts[-2], parts[-2])
+            key = ".".join(parts)
+            value = value[:, :, 0, 0] if value.dim() == 4 else value
+        out[key] = value
+    return out
+
+
+# --- a single file in the original layout -----------------------------------------------------------------------------
+
+def _load_single_file(path: Path, name: str, device: str, dtype: torch.dtype) -> Model:
+    state = read_state(path)
+    if any(key.startswith("conditioner.embedders") for key in state):
+        raise ValueError(f"{path} looks like SDXL; this is an SD 1.x implementation")
+    if any(key.startswith("cond_stage_model.model.") for key in state):
+        raise ValueError(f"{path} looks like SD 2.x; this is an SD 1.x implementation")
+    if any("lora_" in key or ".lora" in key for key in state):
+        raise ValueError(f"{path} looks like a LoRA, not a model; give it with --lora")
+    key = "model.diffusion_model.input_blocks.0.0.weight"
+    first = state.get(key)
+    if first is None:
+        raise ValueError(f"{path} is no Stable Diffusion checkpoint in the LDM layout: {key} is missing")
+    if first.shape[1] != 4:
+        raise ValueError(f"{path} takes {first.shape[1]} channels; it looks like an inpainting or another special model")
+    parts = from_ldm(state)
+    unet = _fill(UNet, parts["unet"], path, device, dtype)
+    vae = _fill(VAE, parts["vae"], path, device, _vae_dtype(dtype))
+    text = _text_model(SD15_TEXT, parts["text_encoder"], path, device, dtype)
+    beside = path.parent / "tokenizer"
+    folder = beside if (beside / "vocab.json").is_file() else _fetch_tokenizer(path)
+    return Model(unet, vae, TextEncoder(_tokenizer(folder), text), SD15_SCHEDULER, name, [path])
+
+
+def from_ldm(state: dict[str, Tensor], unet_config: UNetConfig = UNetConfig(), vae_config: VAEConfig = VAEConfig()
+             ) -> dict[str, dict[str, Tensor]]:
+    """Tensors of the original layout -> {"unet": ..., "vae": ..., "text_encoder": ...} under our names.
+
+    What a checkpoint holds beside the three networks (moving averages, the noise schedule, a safety checker) is left out.
+    """
+    with torch.device("meta"):
+        unet, vae = UNet(unet_config), VAE(vae_config)
+    attends = tuple(bool(block.attentions) for block in unet.up_blocks)             # type: ignore[union-attr, arg-type]
+    names = {"unet": {"model.diffusion_model." + ldm_unet_name(key, unet_config.layers_per_block, attends): key
+                      for key in unet.state_dict()},
+             "vae": {"first_stage_model." + ldm_vae_name(key, len(vae_config.block_out_channels)): key
+                     for key in vae.state_dict()}}
+    parts = {part: {ours: state[theirs] for theirs, ours in table.items() if theirs in state}
+             for part, table in names.items()}
+    prefix = "cond_stage_model.transformer."
+    parts["text_encoder"] = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    parts["vae"] = _modern_vae(parts["vae"])
+    return parts
+
+
+# --- the hub ----------------------------------------------------------------------------------------------------------
+
+def _fetch(repo: str, dtype: torch.dtype) -> Path:
+    """Downloads what is used of a hub model, or finds it in the cache -> its folder."""
+    from huggingface_hub import list_repo_files, snapshot_download
+    configs = ["model_index.json", "clora.json", "*/config.json", "scheduler/scheduler_config.json"]
+    configs += [f"tokenizer/{name}" for name in TOKENIZER_FILES]
+    try:
+        present = set(list_repo_files(repo))
+    except Exception:                               # offline: whatever an earlier call fetched
+        present = None
+    wanted = list(configs)
+    for part, stem in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        full, half = f"{part}/{stem}.safetensors", f"{part}/{stem}.fp16.safetensors"
+        if present is None:
+            wanted += [full, half]
+        elif half in present and (dtype != torch.float32 or full not in present):
+            wanted.append(half)
+        else:
+            wanted.append(full)
+    try:
+        return Path(snapshot_download(repo, allow_patterns=wanted, local_files_only=present is None))
+    except Exception as error:
+        reason = "it is not in the local cache and the hub cannot be reached" if present is None else error
+        raise ValueError(f"{repo} cannot be loaded: {reason}") from None
+
+
+def _fetch_tokenizer(path: Path) -> Path:
+    from huggingface_hub import snapshot_download
+    for cached in (True, False):
+        try:
+            return Path(snapshot_download(TOKENIZER_ID, allow_patterns=list(TOKENIZER_FILES), local_files_only=cached))
+        except Exception:                           # not cached, then not reachable
+            continue
+    raise ValueError(f"{path} holds no tokenizer: put SD 1.5's folder tokenizer/ beside it, or let {TOKENIZER_ID} be "
+                     "downloaded once")
+
+
+# --- files and modules ------------------------------------------------------------------------------------------------
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Tensors of a .safetensors file or of a pickle that holds nothing but tensors, memory-mapped where possible."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"PK"
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except (SafetensorError, OSError) as error:
+        reason = "is empty" if path.stat().st_size == 0 else f"is damaged or not a safetensors file ({error})"
+        raise ValueError(f"{path} {reason}") from None
+    except Exception as error:                      # a damaged pickle can raise anything at all
+        raise ValueError(f"{path} would run code or is damaged, and is not loaded; convert it to safetensors "
+                         f"({type(error).__name__})") from None
+    state = state.get("state_dict", state)
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def _fill(make: Callable[[], nn.Module], state: dict[str, Tensor], path: Path, device: str, dtype: torch.dtype):
+    """A module made without memory of its own, whose parameters are the file's tensors."""
+    with torch.device("meta"):
+        module = make()
+    wanted = {key: value.shape for key, value in module.state_dict().items()}
+    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    if missing or extra:
+        kind, names = ("misses", missing) if missing else ("has unknown", extra)
+        raise ValueError(f"{path} {kind} {len(names)} tensors of this {type(module).__name__}: "
+                         f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}")
+    for key, shape in wanted.items():
+        if state[key].shape != shape:
+            raise ValueError(f"{path}: {key} has shape {list(state[key].shape)}, the config asks for {list(shape)}")
+    module.load_state_dict({key: value.to(device, dtype) for key, value in state.items()}, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def _text_model(config: dict, state: dict[str, Tensor], path: Path, device: str, dtype: torch.dtype):
+    from transformers import CLIPTextConfig, CLIPTextModel
+    keep = {key: config[key] for key in (*SD15_TEXT, "attention_dropout") if key in config}
+    with torch.device("meta"):
+        nested = any(key.startswith("text_model.") for key in CLIPTextModel(CLIPTextConfig(**keep)).state_dict())
+    state = {key if nested else key.removeprefix("text_model."): value for key, value in state.items()
+             if not key.endswith("position_ids")}
+    if nested:
+        state = {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in state.items()}
+    model = _fill(lambda: CLIPTextModel(CLIPTextConfig(**keep)), state, path, device, dtype)
+    for module in model.modules():                  # buffers outside the state dict were made on the meta device
+        if "position_ids" in module._buffers:
+            module.position_ids = torch.arange(keep.get("max_position_embeddings", 77), device=device)[None]
+    return model
+
+
+def _tokenizer(folder: Path):
+    from transformers import CLIPTokenizer
+    for name in ("vocab.json", "merges.txt"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
+def _parse(from_dict: Callable, path: Path):
+    try:
+        return from_dict(_read_json(path))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
