@@ -188,13 +188,13 @@ def from_ldm(state: dict[str, Tensor], unet_config: UNetConfig = UNetConfig(), v
 def _fetch(repo: str, dtype: torch.dtype) -> Path:
     """Downloads what is used of a hub model, or finds it in the cache -> its folder."""
     from huggingface_hub import list_repo_files, snapshot_download
-    configs = ["model_index.json", "clora.json", "*/config.json", "scheduler/scheduler_config.json"]
-    configs += [f"tokenizer/{name}" for name in TOKENIZER_FILES]
+    wanted = ["model_index.json", "clora.json", "scheduler/scheduler_config.json"]
+    wanted += [f"{part}/config.json" for part in ("unet", "vae", "text_encoder")]
+    wanted += [f"tokenizer/{name}" for name in TOKENIZER_FILES]
     try:
         present = set(list_repo_files(repo))
     except Exception:                               # offline: whatever an earlier call fetched
         present = None
-    wanted = list(configs)
     for part, stem in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
         full, half = f"{part}/{stem}.safetensors", f"{part}/{stem}.fp16.safetensors"
         if present is None:

@@ -1,0 +1,253 @@
+"""Loading models: folders, single files, the hub, and everything that can be wrong with them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import weights
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
+from weights import load_model
+from weights.names import ldm_unet_name, ldm_vae_name
+
+GOLDEN = Path(__file__).parent / "golden/model"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Path(shutil.copytree(GOLDEN, tmp_path / "model"))
+
+
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def refused(source, **options) -> str:
+    with pytest.raises(ValueError) as caught:
+        load_model(source, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_folder(folder):
+    model = load_model(folder)
+    assert not model.unet.training and not any(p.requires_grad for p in model.unet.parameters())
+    assert model.map_level == 2 and model.settings == {}
+    stored = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(value, stored[key].float()) for key, value in model.unet.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_precisions(folder, dtype):
+    model = load_model(folder, dtype=dtype)
+    assert model.unet.conv_in.weight.dtype == dtype and next(model.text.model.parameters()).dtype == dtype
+    # the VAE overflows in float16
+    assert model.vae.quant_conv.weight.dtype == (torch.float32 if dtype == torch.float16 else dtype)
+
+
+def test_weights_are_mapped_not_copied(folder):
+    """In the file's own precision the parameters are the mapped file: they lie in no memory that Python allocated."""
+    before = load_model(folder, dtype=torch.float16).unet.conv_in.weight
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("needs /proc to see mapped files")
+    spans = [line.split()[0].split("-") for line in maps.read_text().splitlines() if str(path) in line]
+    assert any(int(a, 16) <= before.data_ptr() < int(b, 16) for a, b in spans)
+
+
+def test_the_hash_follows_the_weights(folder):
+    first = load_model(folder).hash()
+    assert first == load_model(GOLDEN).hash() and len(first) == 16
+    path = folder / "vae/diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    save_file({key: value + 1 if key == "quant_conv.bias" else value for key, value in state.items()}, path)
+    assert load_model(folder).hash() != first
+
+
+def test_other_file_names(folder):
+    expected = load_model(GOLDEN)
+    unet = folder / "unet/diffusion_pytorch_model.safetensors"
+    unet.rename(folder / "unet/diffusion_pytorch_model.fp16.safetensors")
+    text = load_file(folder / "text_encoder/model.safetensors")
+    (folder / "text_encoder/model.safetensors").unlink()
+    torch.save(text, folder / "text_encoder/pytorch_model.bin")
+    model = load_model(folder)
+    assert all(torch.equal(a, b) for a, b in zip(model.unet.parameters(), expected.unet.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(model.text.model.parameters(), expected.text.model.parameters()))
+
+
+def test_old_names_of_the_vae_attention(folder):
+    path = folder / "vae/diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = {}
+    for key, value in load_file(path).items():
+        for new, name in old.items():
+            key = key.replace(f"attentions.0.{new}.", f"attentions.0.{name}.")
+        state[key] = value
+    save_file(state, path)
+    expected = load_model(GOLDEN).vae.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in load_model(folder).vae.state_dict().items())
+
+
+def test_map_level_and_recipe_come_with_the_model(folder):
+    (folder / "clora.json").write_text('{"map_level": 1, "recipe": {"alpha": 2.0}}')
+    model = load_model(folder)
+    assert model.map_level == 1 and model.settings["recipe"] == {"alpha": 2.0}
+
+
+# --- single files -----------------------------------------------------------------------------------------------------
+
+def ldm_state(model) -> dict[str, torch.Tensor]:
+    """A model in the original layout, with what real checkpoints hold beside."""
+    attends = tuple(bool(block.attentions) for block in model.unet.up_blocks)
+    state = {"model.diffusion_model." + ldm_unet_name(key, model.unet.config.layers_per_block, attends): value
+             for key, value in model.unet.state_dict().items()}
+    for key, value in model.vae.state_dict().items():
+        if ".attentions.0.to_" in key and value.dim() == 2:
+            value = value[:, :, None, None]
+        state["first_stage_model." + ldm_vae_name(key, len(model.vae.config.block_out_channels))] = value
+    for key, value in model.text.model.state_dict().items():
+        key = key if key.startswith("text_model.") else f"text_model.{key}"
+        state[f"cond_stage_model.transformer.{key}"] = value
+    return state | {"betas": torch.zeros(3), "model_ema.decay": torch.zeros(()),
+                    "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "ckpt"])
+def test_a_single_file_gives_the_same_model(kind, tmp_path, monkeypatch):
+    expected = load_model(GOLDEN)
+    config = json.loads((GOLDEN / "text_encoder/config.json").read_text())
+    monkeypatch.setattr(weights, "SD15_TEXT", {key: config[key] for key in weights.SD15_TEXT if key in config})
+    for name, cls in (("UNetConfig", expected.unet.config), ("VAEConfig", expected.vae.config)):
+        monkeypatch.setattr(weights.from_ldm, "__defaults__", (expected.unet.config, expected.vae.config))
+        part = name.removesuffix("Config")
+        monkeypatch.setattr(weights, part, lambda config=cls, make=getattr(weights, part): make(config))
+    state = {key: value.contiguous() for key, value in ldm_state(expected).items()}
+    path = tmp_path / f"model.{kind}"
+    save_file(state, path) if kind == "safetensors" else torch.save({"state_dict": state, "global_step": 7}, path)
+    shutil.copytree(GOLDEN / "tokenizer", tmp_path / "tokenizer")
+    model = load_model(path)
+    for part in ("unet", "vae"):
+        ours, theirs = getattr(model, part).state_dict(), getattr(expected, part).state_dict()
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert torch.equal(model.text.encode(["a cat"]), expected.text.encode(["a cat"]))
+
+
+def test_every_name_has_one_ldm_name():
+    with torch.device("meta"):
+        unet, vae = UNet(UNetConfig()), VAE(VAEConfig())
+    attends = tuple(bool(block.attentions) for block in unet.up_blocks)
+    for names in ([ldm_unet_name(key, 2, attends) for key in unet.state_dict()],
+                  [ldm_vae_name(key, 4) for key in vae.state_dict()]):
+        assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("key, shape, word", [
+    ("conditioner.embedders.0.weight", (1,), "SDXL"), ("cond_stage_model.model.ln.weight", (1,), "SD 2"),
+    ("lora_unet_x.lora_down.weight", (1,), "LoRA"), ("something.weight", (1,), "no Stable Diffusion"),
+    ("model.diffusion_model.input_blocks.0.0.weight", (320, 9, 3, 3), "inpainting"),
+    ("model.diffusion_model.input_blocks.0.0.weight", (320, 4, 3, 3), "misses")])
+def test_single_files_of_other_kinds(key, shape, word, tmp_path):
+    save_file({key: torch.zeros(shape)}, tmp_path / "m.safetensors")
+    assert word in refused(tmp_path / "m.safetensors")
+
+
+def test_damaged_and_dangerous_single_files(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+    path = tmp_path / "m.ckpt"
+    torch.save({"state_dict": {"x": Evil()}}, path)
+    assert "would run code" in refused(path) and not (tmp_path / "ran").exists()
+    for name in ("m.ckpt", "m.safetensors"):
+        for content in (b"", b"nonsense" * 9):
+            (tmp_path / name).write_bytes(content)
+            assert name in refused(tmp_path / name)
+
+
+# --- what can be wrong with a folder ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json",
+                                  "scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt",
+                                  "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"])
+def test_missing_files_are_named(folder, name):
+    (folder / name).unlink()
+    message = refused(folder)
+    assert "missing" in message and Path(name).stem.removesuffix(".safetensors") in message
+
+
+@pytest.mark.parametrize("change, word", [
+    ({"use_linear_projection": True}, "SD 2"), ({"addition_embed_type": "text_time"}, "SDXL"),
+    ({"in_channels": 9}, "inpainting"),
+    ({"down_block_types": ["AttnDownBlock2D"] * 4}, "AttnDownBlock2D"), ({"transformer_layers_per_block": [1, 2, 10]}, "SDXL"),
+    ({"time_cond_proj_dim": 256}, "LCM"), ({"cross_attention_dim": 64}, "shape")])
+def test_unets_of_other_families(folder, change, word):
+    edit(folder / "unet/config.json", **change)
+    assert word in refused(folder)
+
+
+def test_other_vaes_and_pipelines(folder):
+    edit(folder / "vae/config.json", _class_name="VQModel")
+    assert "VQModel" in refused(folder)
+    edit(folder / "model_index.json", _class_name="StableDiffusionXLPipeline")
+    assert "SDXL" in refused(folder)
+
+
+def test_tensors_that_are_missing_or_unknown(folder):
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    save_file({key: value for key, value in state.items() if key != "conv_in.bias"}, path)
+    assert "conv_in.bias" in refused(folder)
+    save_file({**state, "extra.weight": torch.zeros(1)}, path)
+    assert "extra.weight" in refused(folder)
+    path.write_bytes(path.read_bytes()[:1000])
+    assert "damaged" in refused(folder)
+
+
+def test_a_source_that_is_nothing():
+    assert "no such file" in refused("does/not/exist.safetensors")
+    assert "no such file" in refused("nothing here")
+
+
+# --- the hub ----------------------------------------------------------------------------------------------------------
+
+REPO = ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.bin", "v1-5-pruned.ckpt",
+        "unet/diffusion_pytorch_model.non_ema.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.fp16.safetensors", "text_encoder/config.json", "text_encoder/model.safetensors",
+        "text_encoder/model.fp16.safetensors", "text_encoder/pytorch_model.bin", "safety_checker/model.safetensors",
+        "safety_checker/config.json", "tokenizer/vocab.json", "tokenizer/merges.txt", "scheduler/scheduler_config.json"]
+
+
+@pytest.mark.parametrize("dtype, mark", [(torch.float32, ""), (torch.float16, ".fp16"), (torch.bfloat16, ".fp16")])
+def test_only_the_files_that_are_used_are_fetched(dtype, mark, monkeypatch):
+    import fnmatch
+
+    import huggingface_hub
+    asked = {}
+
+    def download(repo, allow_patterns, local_files_only):
+        asked[repo] = [name for name in REPO if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns)]
+        return str(GOLDEN)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo: REPO)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    load_model("stable-diffusion-v1-5/stable-diffusion-v1-5", dtype=dtype)
+    assert sorted(asked["stable-diffusion-v1-5/stable-diffusion-v1-5"]) == [
+        "model_index.json", "scheduler/scheduler_config.json", "text_encoder/config.json",
+        f"text_encoder/model{mark}.safetensors", "tokenizer/merges.txt", "tokenizer/vocab.json", "unet/config.json",
+        f"unet/diffusion_pytorch_model{mark}.safetensors", "vae/config.json", f"vae/diffusion_pytorch_model{mark}.safetensors"]
+
+
+def test_the_hub_out_of_reach(monkeypatch):
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise OSError("no route to host")
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", fail)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    assert "someone/some-model" in refused("someone/some-model")
