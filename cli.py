@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import os
 import re
 import shlex
 import sys
@@ -20,8 +21,8 @@ from clora import METHODS, RECIPES, Recipe, Step, Subject
 from lora import LoRA, read_lora
 from weights import Model, load_model
 
-HERE = Path(__file__).resolve().parent
-TOY = HERE / "weights" / "toy"
+# as seen from where the user is: the path goes into the images' settings
+TOY = Path(os.path.relpath(Path(__file__).resolve().parent / "weights" / "toy"))
 DEMO = {"prompt": "a ball and a star on the grass",
         "lora": [[str(TOY / "loras/zib.safetensors"), "ball=zib ball"],
                  [str(TOY / "loras/tam.safetensors"), "star=tam star"]]}
@@ -199,10 +200,10 @@ def run(args: argparse.Namespace) -> None:
     size = (default if args.height is None else args.height, default if args.width is None else args.width)
     clora.initial_noise(model, *size, seeds[0])             # refuses sizes that do not fit
     subjects, style = read_subjects(args, model)
+    plan = clora.make_plan(model, args.prompt, subjects, style, args.negative, args.method, recipe)
     for text in filter(None, [args.prompt, args.negative]):
         if cut := model.text.truncated(text):
             print(f'clora: warning: CLIP reads 77 tokens; this was cut off: "{cut}"', file=sys.stderr)
-    plan = clora.make_plan(model, args.prompt, subjects, style, args.negative, args.method, recipe)
 
     panel = (demo if args.panel is None else args.panel) and bool(plan.concepts)
     for seed in seeds:

@@ -55,10 +55,10 @@ class Recipe:
     threshold: float = 0.4              # theta: share of a map's maximum above which a pixel is the subject's
     mask_ties: bool = True              # a pixel exactly at the threshold belongs to the mask
     mask_from: int = 0                  # first step with masks; before it the variants are averaged
-    dilate: bool = False                # 3x3 morphology of the masks, done in this order
-    erode: bool = False
-    open: bool = False
-    close: bool = False
+    dilate: bool = False                # grow the masks by a pixel; the four are done in this order
+    erode: bool = False                 # shrink the masks by a pixel
+    open: bool = False                  # erode, then dilate: drops specks
+    close: bool = False                 # dilate, then erode: fills holes
     switch_every: int = 1               # method switch: steps until the next LoRA's turn
 
 

@@ -1,0 +1,212 @@
+"""The command line, from files to files: images, settings, traces, and one clear line for every kind of bad input."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import cli
+import clora
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+CAT, DOG, STYLE = (str(GOLDEN / f"loras/{name}.safetensors") for name in ("cat_peft", "dog_kohya", "style_peft"))
+SMALL = ["--model", str(GOLDEN / "model"), "--prompt", "a cat and a dog", "--height", "64", "--width", "96", "--steps", "3",
+         "--refine-steps", "1", "--quiet"]
+TWO = ["--lora", CAT, "cat=sks cat", "--lora", f"{DOG}:0.9", "dog=sks dog"]
+
+
+def run(*arguments: str, out: Path) -> int:
+    try:
+        return cli.main([*SMALL, "--out", str(out), *arguments])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def refused(capsys, out: Path, *arguments: str) -> str:
+    """The one line that the command prints before it exits with 2."""
+    capsys.readouterr()
+    code = run(*arguments, out=out)
+    captured = capsys.readouterr()
+    message = captured.err.strip()
+    assert code == 2 and captured.out == "", f"exit code {code}: {captured}"
+    assert message.startswith("clora: ") and "\n" not in message and "Traceback" not in message, message
+    assert not out.exists() or not [path for path in out.iterdir()], "something was left behind"
+    return message
+
+
+def test_images_carry_what_it_takes_to_make_them_again(tmp_path):
+    out = tmp_path / "a b"
+    assert run(*TWO, "--style", f"{STYLE}:0.8", "--seeds", "3-4", out=out) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["clora-3.png", "clora-4.png"]
+    with Image.open(out / "clora-3.png") as image:
+        settings, picture = dict(image.text), np.asarray(image)
+    assert picture.shape == (64, 96, 3) and settings["prompt"] == "a cat and a dog" and settings["seed"] == "3"
+    assert json.loads(settings["recipe"])["steps"] == 3 and len(json.loads(settings["model"])["hash"]) == 16
+    assert [len(lora["sha256"]) for lora in json.loads(settings["loras"])] == [64, 64]
+    words = shlex.split(settings["command"])
+    assert words[:2] == ["python", "clora.py"]
+    assert cli.main([*words[2:], "--out", str(tmp_path / "again"), "--quiet"]) == 0
+    assert (tmp_path / "again/clora-3.png").read_bytes() == (out / "clora-3.png").read_bytes()
+    with Image.open(out / "clora-4.png") as other:
+        assert not np.array_equal(np.asarray(other), picture)
+
+
+@pytest.mark.parametrize("method", clora.METHODS)
+def test_every_method_makes_a_picture_of_its_own(method, tmp_path):
+    assert run(*TWO, "--method", method, out=tmp_path) == 0
+    assert (tmp_path / f"{method}-0.png").exists()
+
+
+def test_methods_differ(tmp_path):
+    pictures = []
+    for method in clora.METHODS:
+        run(*TWO, "--method", method, out=tmp_path)
+        pictures.append((tmp_path / f"{method}-0.png").read_bytes())
+    assert len(set(pictures)) == len(pictures)
+
+
+def test_trace(tmp_path):
+    trace = tmp_path / "trace.safetensors"
+    assert run(*TWO, "--trace", str(trace), "--refine-at", "1", out=tmp_path) == 0
+    tensors = load_file(trace)
+    assert tensors["timestep"].shape == (3,) and tensors["latents"].shape == (3, 4, 8, 12)
+    assert tensors["maps"].shape == (3, 3, 2, 3, 77) and tensors["masks"].shape == (3, 3, 8, 12)
+    assert tensors["update_step"].tolist() == [0, 1, 1, 2]
+    assert tensors["loss"].shape == (4,) and tensors["updated_latents"].shape == (4, 4, 8, 12)
+
+
+def test_the_panel(tmp_path):
+    assert run(*TWO, "--panel", out=tmp_path) == 0
+    with Image.open(tmp_path / "clora-0-panel.png") as panel:
+        assert panel.height > 256 and panel.width > 5 * 256
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_other_numbers_of_subjects(k, tmp_path):
+    loras = [word for name in ("cat", "dog", "bird")[:k] for word in ("--lora", CAT, f"{name}=sks {name}")]
+    assert run("--prompt", "a cat, a dog and a bird", *loras, out=tmp_path) == 0
+
+
+def test_a_lora_without_text_encoder_weights(tmp_path):
+    state = {key: value for key, value in load_file(CAT).items() if key.startswith("unet.")}
+    save_file(state, tmp_path / "unet only.safetensors")
+    assert run("--lora", str(tmp_path / "unet only.safetensors"), "cat=sks cat", "--lora", DOG, "dog=sks dog", out=tmp_path) == 0
+
+
+def test_text_lora_can_be_left_out(tmp_path):
+    pictures = []
+    for flag in ("--text-lora", "--no-text-lora"):
+        run(*TWO, flag, out=tmp_path)
+        pictures.append((tmp_path / "clora-0.png").read_bytes())
+    assert pictures[0] != pictures[1]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--alpha", "3"], ["--temperature", "0.2"], ["--threshold", "0.8"], ["--update-until", "-1"], ["--mask-from", "2"],
+    ["--maps-from", "both"], ["--noise-from", "before"], ["--dilate"], ["--guidance", "3"], ["--guidance-rescale", "0.7"],
+    ["--clip-skip", "1"], ["--scheduler", "pndm"], ["--scheduler", "dpm++"], ["--eta", "0.5"],
+    ["--recipe", "release", "--steps", "3"], ["--negative", "nsfw"], ["--refine-at", "1"], ["--rescale-maps"], ["--seed", "9"], ["--dtype", "bfloat16"]])
+def test_every_setting_changes_the_picture(flags, tmp_path):
+    run(*TWO, out=tmp_path / "plain")
+    assert run(*TWO, *flags, out=tmp_path / "changed") == 0
+    (plain,), (changed,) = (list((tmp_path / name).iterdir()) for name in ("plain", "changed"))
+    with Image.open(plain) as a, Image.open(changed) as b:
+        assert not np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_recipe_flags_cover_every_setting():
+    """The flags and their help come from the dataclass; --help says what both recipes take."""
+    text = cli.make_parser().format_help()
+    for name in clora.Recipe.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in text
+    assert re.search(r"paper: 50,\s+release: 100", text)
+
+
+@pytest.mark.parametrize("arguments, word", [
+    (["--steps", "0"], "--steps"), (["--steps", "ten"], "--steps"), (["--height", "100"], "multiples of 8"),
+    (["--width", "0"], "multiples of 8"), (["--seeds", ""], "no seed"), (["--seeds", "9-3"], "9-3"), (["--seeds", "x"], "x"),
+    (["--seed", str(2 ** 70)], "64 bits"), (["--method", "magic"], "magic"), (["--scheduler", "euler"], "euler"),
+    (["--guidance", "0"], "--guidance"), (["--threshold", "2"], "--threshold"), (["--temperature", "0"], "--temperature"),
+    (["--clip-skip", "50"], "clip_skip"), (["--device", "quantum"], "quantum"), (["--nonsense"], "--nonsense"),
+    (["--recipe", "secret"], "secret"), (["--model", "nowhere"], "nowhere"), (["--style", "nowhere.safetensors"], "nowhere"),
+    (["--prompt", "a fox and a dog"], '"cat"'), (["--prompt", "a cat and a cat and a dog"], "2 times"),
+    (["--prompt", ""], '"cat"'),
+    (["--prompt", "cat " + "very " * 80 + "dog"], "77"), (["--lora", CAT, "cat=third"], "two LoRAs"),
+    (["--lora", CAT, "=x"], "subject"), (["--lora", "nowhere.safetensors", "dog"], "nowhere.safetensors"),
+    (["--lora", str(GOLDEN / "README.md"), "dog"], "README.md"), (["--alpha", "nan"], "--alpha")])
+def test_bad_input_is_one_line_and_exit_code_2(arguments, word, tmp_path, capsys):
+    assert word in refused(capsys, tmp_path / "out", *TWO, *arguments)
+
+
+def test_a_prompt_without_loras_and_loras_without_a_prompt(tmp_path, capsys):
+    assert "--method base" in refused(capsys, tmp_path / "out")
+    base = [word for word in SMALL if word not in ("--prompt", "a cat and a dog")]
+    capsys.readouterr()
+    assert cli.main([*base, *TWO, "--out", str(tmp_path / "out")]) == 2
+    assert "--prompt" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    capsys.readouterr()
+    assert run(*TWO, out=tmp_path / "file") == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+    assert "nowhere" in refused(capsys, tmp_path / "out", *TWO, "--trace", str(tmp_path / "nowhere/t.safetensors"))
+
+
+def test_damaged_weights_name_the_step(tmp_path, capsys):
+    model = Path(shutil.copytree(GOLDEN / "model", tmp_path / "model"))
+    path = model / "unet/diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    state["conv_out.bias"][0] = float("nan")
+    save_file(state, path)
+    assert "step 0" in refused(capsys, tmp_path / "out", *TWO, "--model", str(model))
+
+
+def test_too_large_an_update_names_the_step(tmp_path, capsys):
+    assert "step" in refused(capsys, tmp_path / "out", *TWO, "--alpha", "1e6", "--guidance", "9999", "--refine-steps", "30",
+                             "--dtype", "float16")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")])
+def test_out_of_memory_says_what_to_lower(error, tmp_path, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise error
+    monkeypatch.setattr(clora, "compose", fail)
+    assert "--height" in refused(capsys, tmp_path / "out", *TWO)
+
+
+def test_a_prompt_that_is_too_long_warns(tmp_path, capsys):
+    assert run(*TWO, "--prompt", "a cat and a dog " + "very " * 70 + "wonderful", out=tmp_path) == 0
+    assert "wonderful" in capsys.readouterr().err
+
+
+def test_interruption_keeps_finished_images_and_leaves_no_partial_file(tmp_path):
+    command = [sys.executable, str(ROOT / "clora.py"), *SMALL, *TWO, "--seeds", "0-99", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.time() + 120
+    while not (tmp_path / "clora-1.png").exists() and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors and "interrupted" in errors
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert len(files) >= 2 and all(re.fullmatch(r"clora-\d+\.png", name) for name in files)
+    for name in files:
+        with Image.open(tmp_path / name) as image:
+            image.load()
