@@ -43,7 +43,7 @@ def refused(capsys, out: Path, *arguments: str) -> str:
     message = captured.err.strip()
     assert code == 2 and captured.out == "", f"exit code {code}: {captured}"
     assert message.startswith("clora: ") and "\n" not in message and "Traceback" not in message, message
-    assert not out.exists() or not [path for path in out.iterdir()], "something was left behind"
+    assert not out.exists() or not list(out.iterdir()), "something was left behind"
     return message
 
 
@@ -103,7 +103,8 @@ def test_other_numbers_of_subjects(k, tmp_path):
 def test_a_lora_without_text_encoder_weights(tmp_path):
     state = {key: value for key, value in load_file(CAT).items() if key.startswith("unet.")}
     save_file(state, tmp_path / "unet only.safetensors")
-    assert run("--lora", str(tmp_path / "unet only.safetensors"), "cat=sks cat", "--lora", DOG, "dog=sks dog", out=tmp_path) == 0
+    loras = ["--lora", str(tmp_path / "unet only.safetensors"), "cat=sks cat", "--lora", DOG, "dog=sks dog"]
+    assert run(*loras, out=tmp_path) == 0
 
 
 def test_text_lora_can_be_left_out(tmp_path):
@@ -118,7 +119,8 @@ def test_text_lora_can_be_left_out(tmp_path):
     ["--alpha", "3"], ["--temperature", "0.2"], ["--threshold", "0.8"], ["--update-until", "-1"], ["--mask-from", "2"],
     ["--maps-from", "both"], ["--noise-from", "before"], ["--dilate"], ["--guidance", "3"], ["--guidance-rescale", "0.7"],
     ["--clip-skip", "1"], ["--scheduler", "pndm"], ["--scheduler", "dpm++"], ["--eta", "0.5"],
-    ["--recipe", "release", "--steps", "3"], ["--negative", "nsfw"], ["--refine-at", "1"], ["--rescale-maps"], ["--seed", "9"], ["--dtype", "bfloat16"]])
+    ["--recipe", "release", "--steps", "3"], ["--negative", "nsfw"], ["--refine-at", "1"], ["--rescale-maps"],
+    ["--seed", "9"], ["--dtype", "bfloat16"]])
 def test_every_setting_changes_the_picture(flags, tmp_path):
     run(*TWO, out=tmp_path / "plain")
     assert run(*TWO, *flags, out=tmp_path / "changed") == 0

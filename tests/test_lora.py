@@ -63,7 +63,7 @@ def test_rows_of_one_batch_equal_merged_weights(form, tiny_unet, tmp_path):
     """K + 1 adapters on the rows of one batch, stacked and weighted, against each row alone on merged weights."""
     loras = [read_lora(make(f, tiny_unet, rank=r, seed=s).save(tmp_path / f"{s}.safetensors"), tiny_unet)
              for s, (f, r) in enumerate([(form, 4), ("peft", 2), ("kohya", 8)])]
-    strengths = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 0.6, 0], [0, 0, 1], [1, 0, 0.8], [1 / 3, 1 / 3, 1 / 3], [-0.5, 0, 0]])
+    strengths = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 0.6, 0], [0, 0, 1], [1, 0, 0.8], [1 / 3] * 3, [-0.5, 0, 0]])
     latents, t, context = inputs(len(strengths))
     attach(tiny_unet, loras)
     together = tiny_unet(latents, t, context, strengths)[0]
@@ -155,7 +155,8 @@ def test_recorded_outputs_of_the_release(subject, strength, form):
 def test_subject_and_style_on_one_row_equal_the_release():
     from weights import load_model
     model, probes = load_model(GOLDEN / "model"), load_file(GOLDEN / "probes.safetensors")
-    loras = [read_lora(GOLDEN / f"loras/{name}_kohya.safetensors", model.unet, model.text.model) for name in ("cat", "style")]
+    loras = [read_lora(GOLDEN / f"loras/{name}_kohya.safetensors", model.unet, model.text.model)
+             for name in ("cat", "style")]
     attach(model.unet, loras)
     noise, _ = model.unet(probes["x"], probes["t"], probes["ctx"], torch.tensor([[1, 0.8]] * 2))
     # two LoRAs on top of each other, recorded in float32 on sharpened attention: 1.2e-5 is rounding

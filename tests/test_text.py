@@ -42,7 +42,8 @@ def test_positions(text, prompt, phrase, expected):
 
 
 @pytest.mark.parametrize("prompt, phrase", [
-    ("a category of things", "cat"), ("a wildcat", "cat"), ("cats", "cat"), ("a hotdog", "dog"), ("the concatenation", "cat")])
+    ("a category of things", "cat"), ("a wildcat", "cat"), ("cats", "cat"), ("a hotdog", "dog"),
+    ("the concatenation", "cat")])
 def test_parts_of_words_are_not_words(text, prompt, phrase):
     assert text.positions(prompt, phrase) == []
 

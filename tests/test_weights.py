@@ -184,7 +184,8 @@ def test_missing_files_are_named(folder, name):
 @pytest.mark.parametrize("change, word", [
     ({"use_linear_projection": True}, "SD 2"), ({"addition_embed_type": "text_time"}, "SDXL"),
     ({"in_channels": 9}, "inpainting"),
-    ({"down_block_types": ["AttnDownBlock2D"] * 4}, "AttnDownBlock2D"), ({"transformer_layers_per_block": [1, 2, 10]}, "SDXL"),
+    ({"down_block_types": ["AttnDownBlock2D"] * 4}, "AttnDownBlock2D"),
+    ({"transformer_layers_per_block": [1, 2, 10]}, "SDXL"),
     ({"time_cond_proj_dim": 256}, "LCM"), ({"cross_attention_dim": 64}, "shape")])
 def test_unets_of_other_families(folder, change, word):
     edit(folder / "unet/config.json", **change)
@@ -240,7 +241,8 @@ def test_only_the_files_that_are_used_are_fetched(dtype, mark, monkeypatch):
     assert sorted(asked["stable-diffusion-v1-5/stable-diffusion-v1-5"]) == [
         "model_index.json", "scheduler/scheduler_config.json", "text_encoder/config.json",
         f"text_encoder/model{mark}.safetensors", "tokenizer/merges.txt", "tokenizer/vocab.json", "unet/config.json",
-        f"unet/diffusion_pytorch_model{mark}.safetensors", "vae/config.json", f"vae/diffusion_pytorch_model{mark}.safetensors"]
+        f"unet/diffusion_pytorch_model{mark}.safetensors", "vae/config.json",
+        f"vae/diffusion_pytorch_model{mark}.safetensors"]
 
 
 def test_the_hub_out_of_reach(monkeypatch):
