@@ -11,6 +11,7 @@ and colours of each LoRA instance, and "other". Styles (line drawing, duotone) a
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,7 +66,7 @@ class Judge(nn.Module):
         device = self.manner.weight.device
         batch = torch.from_numpy(np.ascontiguousarray(pictures)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
         kinds, looks, _ = self(batch)
-        return [objects_of(kind.cpu(), look.cpu()) for kind, look in zip(kinds.argmax(1), looks.log_softmax(1))]
+        return [objects_of(kind.cpu(), look.cpu()) for kind, look in zip(kinds.log_softmax(1), looks.log_softmax(1))]
 
     @torch.no_grad()
     def styles(self, pictures: np.ndarray) -> list[str]:
@@ -75,27 +76,43 @@ class Judge(nn.Module):
 
 
 def objects_of(kinds: Tensor, looks: Tensor, least: int = 4) -> list[Seen]:
-    """Cell labels [16, 16] (0 is background) and log-probabilities [L, 16, 16] -> objects of at least `least` cells.
+    """Cell log-probabilities of kinds [9, 16, 16] (0 is background) and looks [L, 16, 16] -> the objects.
 
-    Cells of one kind that touch, corners included, form one object; its look is the likeliest over all its cells.
+    Cells that touch, corners included, form a patch. A patch is one object of its likeliest kind, unless another kind
+    has a quarter of its cells: then its cells go to either, and each is an object. Patches under `least` cells are none.
     """
     found = []
-    for kind in range(1, len(KINDS) + 1):
-        todo = {(int(y), int(x)) for y, x in (kinds == kind).nonzero().tolist()}
-        while todo:
-            group, edge = set(), [todo.pop()]
-            while edge:
-                y, x = edge.pop()
-                group.add((y, x))
-                near = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & todo
-                todo -= near
-                edge += near
-            if len(group) >= least:
-                ys, xs = torch.tensor(sorted(group)).T
-                look = looks[:, ys, xs].mean(dim=1).argmax().item()
-                found.append(Seen(KINDS[kind - 1], LOOKS[look], (xs.float().mean().item() + 0.5) * CELL,
-                                  (ys.float().mean().item() + 0.5) * CELL, len(group)))
+    best = kinds.argmax(0)
+    for patch in patches({(y, x) for y, x in (best > 0).nonzero().tolist()}):
+        counts = Counter(int(best[y, x]) for y, x in patch)
+        large = [kind for kind, n in counts.items() if n >= max(least, len(patch) / 4)]
+        if len(patch) < least:
+            continue
+        if len(large) < 2:
+            large = [int(sum(kinds[1:, y, x] for y, x in patch).argmax()) + 1]      # type: ignore[union-attr]
+        for kind in large:
+            cells = patch if len(large) == 1 else [
+                (y, x) for y, x in patch if max(large, key=lambda k: float(kinds[k, y, x])) == kind]
+            ys, xs = torch.tensor(cells).T
+            look = looks[:, ys, xs].mean(dim=1).argmax().item()
+            found.append(Seen(KINDS[kind - 1], LOOKS[int(look)], (xs.float().mean().item() + 0.5) * CELL,
+                              (ys.float().mean().item() + 0.5) * CELL, len(cells)))
     return sorted(found, key=lambda seen: seen.x)
+
+
+def patches(cells: set[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Groups of cells that touch, corners included."""
+    groups = []
+    while cells:
+        group, edge = [], [cells.pop()]
+        while edge:
+            y, x = edge.pop()
+            group.append((y, x))
+            near = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & cells
+            cells -= near
+            edge += near
+        groups.append(sorted(group))
+    return groups
 
 
 def look_of(thing: renderer.Thing) -> str:

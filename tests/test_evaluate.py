@@ -1,0 +1,95 @@
+"""evaluate.py: a sweep that can stop anywhere, its verdicts and intervals, and bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import evaluate
+from weights.toy.judge import Seen
+
+ROOT = Path(__file__).parents[1]
+FAST = ["--prompts", "2", "--seeds", "0-1", "--methods", "merge,base", "--set", '{"steps": 2}', "--quiet"]
+
+
+def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    import os
+    return subprocess.run([sys.executable, str(ROOT / "evaluate.py"), *arguments], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, **environment})
+
+
+def results(folder: Path) -> dict:
+    return {(line["column"], line["set"], line["seed"]): line.get("seen") for line in evaluate.read_results(folder)}
+
+
+def test_a_sweep_is_resumed_and_split_without_a_difference(tmp_path):
+    whole = run(*FAST, "--out", "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    assert "| merge | 4 |" in whole.stdout and (tmp_path / "whole/grid.png").exists()
+    lines = (tmp_path / "whole/results-0.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) == 8
+    # cut in the middle of a line, as a kill would
+    part = tmp_path / "part/results-0.jsonl"
+    part.parent.mkdir()
+    part.write_bytes(b"".join(lines[:3]) + lines[3][:20])
+    again = run(*FAST, "--out", "part", cwd=tmp_path)
+    assert again.returncode == 0 and results(tmp_path / "part") == results(tmp_path / "whole")
+    assert part.read_bytes().startswith(b"".join(lines[:3])), "what was made is not made again"
+    for rank in ("1", "0"):
+        split = run(*FAST, "--out", "split", cwd=tmp_path, RANK=rank, WORLD_SIZE="2")
+        assert split.returncode == 0, split.stderr
+    assert results(tmp_path / "split") == results(tmp_path / "whole")
+    figures = [[row.rsplit("|", 2)[0] for row in done.stdout.splitlines()] for done in (whole, again, split)]
+    assert figures[0] == figures[1] == figures[2], "the table is the same for any split (but for the seconds)"
+
+
+@pytest.mark.parametrize("arguments, word", [
+    (["--methods", "magic"], "magic"), (["--seeds", ""], "--seeds"), (["--seeds", "9-1"], "9-1"), (["--sets", "nowhere.json"], "nowhere.json"),
+    (["--sets", "bad.json"], "cat.safetensors"), (["--set", '{"nonsense": 1}'], "nonsense"), (["--model", "nowhere"], "nowhere")])
+def test_bad_input(arguments, word, tmp_path):
+    (tmp_path / "bad.json").write_text(json.dumps([{"prompt": "a cat", "loras": [["cat.safetensors", "cat"]]}]))
+    done = run(*FAST, *arguments, cwd=tmp_path)
+    assert done.returncode == 2 and word in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_results_of_other_settings_are_not_mixed(tmp_path):
+    short = ["--prompts", "1", "--seeds", "0", "--methods", "base", "--quiet", "--out", "r"]
+    assert run(*short, "--set", '{"steps": 2}', cwd=tmp_path).returncode == 0
+    before = (tmp_path / "r/results-0.jsonl").read_bytes()
+    done = run(*short, "--set", '{"steps": 3}', cwd=tmp_path)
+    assert done.returncode == 2 and "changes" in done.stderr
+    assert (tmp_path / "r/results-0.jsonl").read_bytes() == before
+
+
+def test_verdicts():
+    truth = [["ball", "zib"], ["star", "tam"]]
+
+    def seen(*pairs):
+        return [Seen(kind, look, 0.0, 0.0, 9) for kind, look in pairs]
+    assert evaluate.verdict(seen(("ball", "zib"), ("star", "tam")), truth)["success"]
+    assert evaluate.verdict(seen(("ball", "zib"), ("star", "red")), truth)["missing"]
+    assert evaluate.verdict(seen(("ball", "zib"), ("star", "zib")), truth)["leak"]
+    both = evaluate.verdict(seen(("ball", "zib"), ("star", "tam"), ("box", "zib")), truth)
+    assert both["leak"] and not both["success"] and not both["missing"]
+
+
+def test_tuning_and_test_prompts_share_no_pair():
+    def pairs(split):
+        return {tuple(sorted(look for _, look in one["truth"])) for one in evaluate.embedded_sets(split, 40, 2)}
+    assert not pairs("tune") & pairs("test")
+
+
+def test_the_interval_covers_the_mean():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(100):
+        groups = np.repeat(np.arange(20), 5)
+        values = (rng.random(100) < 0.3).astype(float)
+        mean, low, high = evaluate.bootstrap(values, groups, rounds=200)
+        assert low <= mean <= high
+        covered += low <= 0.3 <= high
+    assert covered >= 88

@@ -1,0 +1,95 @@
+"""Samplers against float64 by hand, their properties, and configs that are refused. The comparison with diffusers is in parity/."""
+
+import math
+
+import pytest
+import torch
+
+from scheduler import SCHEDULERS, make_scheduler
+
+SD15 = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+        "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "clip_sample": False,
+        "trained_betas": None}
+
+
+def alpha_by_hand(t: int) -> float:
+    """Cumulative product of 1 - beta of SD's schedule, in Python floats."""
+    low, high, product = math.sqrt(0.00085), math.sqrt(0.012), 1.0
+    for n in range(t + 1):
+        product *= 1 - (low + (high - low) * n / 999) ** 2
+    return product
+
+
+def pair(seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, 4, 3, 5, generator=generator, dtype=torch.float64) for _ in range(2)]
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_a_ddim_step_by_hand(eta):
+    z, noise = pair()
+    scheduler = make_scheduler(SD15, 50, "ddim", eta=eta)
+    ours, _ = scheduler.step(noise, 10, z, generator=torch.Generator().manual_seed(4))
+    t = scheduler.timesteps[10]
+    now, then = alpha_by_hand(t), alpha_by_hand(t - 20)
+    sigma = eta * math.sqrt((1 - then) / (1 - now)) * math.sqrt(1 - now / then)
+    fresh = torch.randn(z.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    x0 = (z - math.sqrt(1 - now) * noise) / math.sqrt(now)
+    theirs = math.sqrt(then) * x0 + math.sqrt(1 - then - sigma ** 2) * noise + sigma * fresh
+    # published models were trained with float32 products, which differ from these in the seventh digit
+    assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-5
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_true_noise_leads_back_to_the_picture(name):
+    """If the prediction is always the noise that was added, every sampler must arrive at the clean latents."""
+    clean, noise = pair()
+    scheduler = make_scheduler(SD15, 20, name)
+    z, history = scheduler.add_noise(clean, noise, scheduler.timesteps[0]), ()
+    for i in range(len(scheduler.timesteps)):
+        assert (scheduler.predict_x0(noise, i, z) - clean).abs().max() < 1e-5
+        z, history = scheduler.step(noise, i, z, history)
+        if name == "pndm" and i == 0:       # its second move starts over from the same place
+            continue
+    last = 0 if name == "dpm++" else 1 - scheduler.final_alpha
+    assert (z - math.sqrt(1 - last) * clean - math.sqrt(last) * noise).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_nothing_is_changed_in_place(name):
+    z, noise = pair()
+    scheduler = make_scheduler(SD15, 10, name)
+    before, history = (z.clone(), noise.clone()), ()
+    outs = []
+    for _ in range(2):                      # the same calls twice: no hidden state
+        x, history = z, ()
+        for i in range(4):
+            x, history = scheduler.step(noise, i, x, history)
+        outs.append(x)
+    assert torch.equal(*outs) and torch.equal(z, before[0]) and torch.equal(noise, before[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_precision_is_kept(name, dtype):
+    z, noise = (x.to(dtype) for x in pair())
+    z, _ = make_scheduler(SD15, 10, name, eta=0.0).step(noise, 0, z)
+    assert z.dtype == dtype and torch.isfinite(z).all()
+
+
+@pytest.mark.parametrize("change, name, word", [
+    ({"_class_name": "EulerDiscreteScheduler"}, None, "EulerDiscreteScheduler"), ({"prediction_type": "v_prediction"}, None, "SD 2"),
+    ({"thresholding": True}, "ddim", "thresholding"), ({"rescale_betas_zero_snr": True}, "ddim", "rescale_betas_zero_snr"),
+    ({"skip_prk_steps": False}, None, "skip_prk_steps"), ({"beta_schedule": "wild"}, None, "wild"),
+    ({"timestep_spacing": "wild"}, "ddim", "wild"), ({"use_karras_sigmas": True}, "dpm++", "use_karras_sigmas"),
+    ({"solver_order": 3}, "dpm++", "solver_order"), ({}, "euler", "euler"), ({"_class_name": None}, None, "no class")])
+def test_configs_that_are_refused(change, name, word):
+    with pytest.raises(ValueError, match=word) as caught:
+        make_scheduler({**SD15, **change}, 10, name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001, 1000])
+def test_numbers_of_steps_that_cannot_be(steps):
+    with pytest.raises(ValueError):         # 1000 steps with offset 1 would begin beyond the last timestep
+        make_scheduler(SD15, steps, "ddim")

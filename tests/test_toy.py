@@ -1,0 +1,98 @@
+"""The embedded model: its world, its judge, and the command without arguments, end to end."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lora import attach, merged_weights, read_lora
+from weights import load_model
+from weights.toy import judge, renderer
+
+ROOT = Path(__file__).parents[1]
+TOY = ROOT / "weights/toy"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(TOY)
+
+
+def test_all_weights_together_are_small():
+    assert sum(path.stat().st_size for path in TOY.rglob("*.safetensors")) < 25 * 2 ** 20
+
+
+def test_scenes_are_seeded_and_captions_name_what_is_there():
+    for seed in range(30):
+        scene = renderer.random_scene(np.random.default_rng(seed))
+        again = renderer.random_scene(np.random.default_rng(seed))
+        assert np.array_equal(renderer.render(scene), renderer.render(again))
+        text = renderer.caption(scene)
+        assert all(thing.phrase in text and thing.kind in thing.phrase for thing in scene.things)
+        masks = renderer.object_masks(scene)
+        assert masks.shape == (len(scene.things), 128, 128) and (masks.sum(0) <= 1).all()
+        for thing, mask in zip(scene.things, masks):
+            assert mask.any() and abs(np.argwhere(mask).mean(0)[::-1] - (thing.x, thing.y)).max() < thing.radius
+
+
+def test_the_base_model_never_sees_the_looks_of_the_instances():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        for thing in renderer.random_scene(rng).things:
+            assert thing.texture in renderer.BASE_TEXTURES
+    assert not {instance.texture for instance in renderer.INSTANCES} & set(renderer.BASE_TEXTURES)
+
+
+def test_the_judge_reads_the_renderer():
+    """Pictures of one or two objects; evaluate.py counts with it, so it must be right nearly always."""
+    reader, rng, right = judge.load_judge(), np.random.default_rng(5), 0
+    for n in range(60):
+        instance = renderer.INSTANCES[n % 8]
+        scene = renderer.instance_scene(instance, rng, other=n % 2 == 1)
+        (seen,) = reader.look(renderer.render(scene)[None])
+        right += {(one.kind, one.look) for one in seen} == {(thing.kind, judge.look_of(thing)) for thing in scene.things}
+    assert right >= 54
+
+
+def test_every_word_of_the_world_is_one_token(model):
+    for word in (*renderer.KINDS, *renderer.COLOURS, *(instance.name for instance in renderer.INSTANCES), *renderer.STYLES):
+        assert len(model.text.positions(f"a {word} on the grass", word)[0]) == 1
+
+
+@pytest.mark.parametrize("name", ["zib", "kov", "tam", "wug", "pel", "dax", "fep", "lun", "ink", "duo"])
+def test_every_lora_loads_and_matters(name, model):
+    lora = read_lora(TOY / f"loras/{name}.safetensors", model.unet, model.text.model)
+    attach(model.unet, [lora])
+    merged = merged_weights(model.text.model, [(lora, 1.0)]) if lora.text_encoder else None
+    z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = model.unet(z, 500, model.text.encode([f"a {name} ball"]))[0]
+        ours = model.unet(z, 500, model.text.encode([f"a {name} ball"], merged), torch.ones(1, 1))[0]
+    attach(model.unet, [])
+    assert (ours - plain).norm() / plain.norm() > 0.05
+
+
+def test_the_formats_of_the_loras_differ(model):
+    formats = {read_lora(path, model.unet, model.text.model).format for path in (TOY / "loras").glob("*.safetensors")}
+    assert len(formats) >= 2
+
+
+def test_the_command_without_arguments_twice(tmp_path):
+    """The README's first promise: two pictures, and the same bytes again."""
+    for name in ("first", "second"):
+        done = subprocess.run([sys.executable, str(ROOT / "clora.py"), "--out", name], cwd=tmp_path, capture_output=True,
+                              text=True, env={**os.environ, "PYTHONPATH": ""})
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == [f"{name}/clora-0.png", f"{name}/clora-0-panel.png"]
+    for file in ("clora-0.png", "clora-0-panel.png"):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+    with Image.open(tmp_path / "first/clora-0.png") as image:
+        picture = np.asarray(image)
+    assert picture.shape == (128, 128, 3)
+    seen = judge.load_judge().look(picture[None])[0]
+    assert {("ball", "zib"), ("star", "tam")} <= {(one.kind, one.look) for one in seen}

@@ -1,0 +1,163 @@
+"""Measures the embedded model: python weights/toy/check.py [--only judge vae base maps lora]
+
+    judge   held-out accuracy on the renderer's pictures, and its confusions
+    vae     how often the judge reads a reconstruction as it reads the picture
+    base    fresh prompts of one and two plain objects, 50 DDIM steps: is every named object there, in its colour?
+    maps    share of the noun's map inside the object's box, steps 5 to 25
+    lora    each LoRA alone: is its instance (or style) there?
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))            # so that it runs as a script from anywhere
+
+from lora import attach, merged_weights, read_lora
+from scheduler import make_scheduler
+from weights import Model, load_model
+from weights.toy import renderer
+from weights.toy.judge import draws_all, judge_scene, load_judge, look_of
+
+LOOK = load_judge()
+
+
+def pictures_of(model: Model, latents: torch.Tensor) -> np.ndarray:
+    """[B, 4, 16, 16] -> uint8 [B, 128, 128, 3]."""
+    out = model.vae.decode(latents / model.vae.config.scaling_factor)
+    return ((out / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+@torch.no_grad()
+def sample(model: Model, prompts: list[str], lora=None, seed: int = 0, guidance: float = 7.5, maps: bool = False):
+    """50 DDIM steps for all prompts in one batch -> (pictures, mean maps of steps 5 to 25 [B, 8, 8, 77] or None)."""
+    merged = merged_weights(model.text.model, [(lora, 1.0)]) if lora and lora.text_encoder else None
+    context = torch.cat([model.text.encode([""] * len(prompts), merged), model.text.encode(prompts, merged)])
+    attach(model.unet, [lora] if lora else [])
+    adapters = torch.ones(2 * len(prompts), 1) if lora else None
+    scheduler = make_scheduler(model.scheduler_config, 50, "ddim")
+    z = torch.randn(len(prompts), 4, 16, 16, generator=torch.Generator().manual_seed(seed))
+    layers = model.unet.map_layers(model.map_level) if maps else ()
+    kept = []
+    for i, t in enumerate(scheduler.timesteps):
+        noise, probs = model.unet(torch.cat([z, z]), t, context, adapters, layers)
+        if maps and 5 <= i <= 25:
+            kept.append(torch.stack([p[len(prompts):].mean(1) for p in probs.values()]).mean(0))
+        uncond, cond = noise.chunk(2)
+        z, _ = scheduler.step(uncond + guidance * (cond - uncond), i, z)
+    return pictures_of(model, z), torch.stack(kept).mean(0).unflatten(1, (8, 8)) if maps else None
+
+
+def check_judge(model: Model) -> None:
+    rng = np.random.default_rng(1001)
+    kinds, looks, right, total, confused = 0, 0, 0, 0, Counter()
+    for _ in range(500):
+        scene = judge_scene(rng)
+        if scene.style:
+            continue
+        (seen,) = LOOK.look(renderer.render(scene)[None])
+        truth = sorted((thing.kind, look_of(thing)) for thing in scene.things)
+        right += truth == sorted((one.kind, one.look) for one in seen)
+        total += 1
+        for thing in scene.things:
+            near = min(seen, key=lambda one: (one.x - thing.x) ** 2 + (one.y - thing.y) ** 2, default=None)
+            if near is None or near.kind != thing.kind:
+                confused[f"{thing.kind} taken for {near.kind if near else 'nothing'}"] += 1
+            kinds += near is not None and near.kind == thing.kind
+            looks += near is not None and near.look == look_of(thing)
+            if near is not None and near.look != look_of(thing):
+                confused[f"{look_of(thing)} taken for {near.look}"] += 1
+    things = kinds + sum(n for text, n in confused.items() if text.split()[0] in renderer.KINDS)
+    print(f"judge: {right} of {total} held-out pictures read without any error ({right / total:.1%}); "
+          f"kind right {kinds / things:.1%}, look right {looks / things:.1%}")
+    print("       commonest confusions: " + (", ".join(f"{text} ({n})" for text, n in confused.most_common(6)) or "none"))
+
+
+@torch.no_grad()
+def check_vae(model: Model) -> None:
+    rng, same, kinds, total = np.random.default_rng(1002), 0, 0, 0
+    for _ in range(40):
+        scenes = [scene for scene in (judge_scene(rng) for _ in range(10)) if not scene.style]
+        pictures = np.stack([renderer.render(scene) for scene in scenes])
+        x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+        again = pictures_of(model, model.vae.encode(x)[0] * model.vae.config.scaling_factor)
+        for scene, mine, theirs in zip(scenes, LOOK.look(again), LOOK.look(pictures)):
+            truth = sorted((thing.kind, look_of(thing)) for thing in scene.things)
+            total += 1
+            same += sorted((one.kind, one.look) for one in mine) == truth
+            kinds += sorted((one.kind, one.look) for one in theirs) == truth
+    print(f"vae: the judge reads {same / total:.1%} of the reconstructions right, {kinds / total:.1%} of the originals")
+
+
+def check_base(model: Model, count: int = 200) -> None:
+    rng, right = np.random.default_rng(1003), {1: [], 2: []}
+    scenes = [renderer.random_scene(rng, count=1 + n % 2, textures=("plain",)) for n in range(count)]
+    for start in range(0, count, 20):
+        batch = scenes[start:start + 20]
+        pictures, _ = sample(model, [renderer.caption(scene) for scene in batch], seed=start)
+        for scene, seen in zip(batch, LOOK.look(pictures)):
+            right[len(scene.things)].append(draws_all(seen, scene.things))
+    both = right[1] + right[2]
+    print(f"base: {np.mean(both):.1%} of {count} prompts drawn with every object and named colour "
+          f"(one object {np.mean(right[1]):.1%}, two objects {np.mean(right[2]):.1%})")
+
+
+def check_maps(model: Model) -> None:
+    rng, shares = np.random.default_rng(1004), []
+    scenes = [renderer.random_scene(rng, count=1, textures=("plain",)) for _ in range(60)]
+    for start in range(0, 60, 20):
+        prompts = [renderer.caption(scene) for scene in scenes[start:start + 20]]
+        pictures, maps = sample(model, prompts, seed=100 + start, maps=True)
+        for scene, prompt, seen, one in zip(scenes[start:], prompts, LOOK.look(pictures), maps):
+            thing = scene.things[0]
+            match = next((found for found in seen if found.kind == thing.kind), None)
+            if match is None:
+                continue
+            reach = max(16.0, 4.6 * match.cells ** 0.5)         # half the side of a square of as many cells
+            centres = (np.arange(8) + 0.5) * 16
+            box = (abs(centres[:, None] - match.y) < reach) & (abs(centres[None] - match.x) < reach)
+            heat = one[:, :, model.text.find(prompt, thing.kind)[0]].numpy()
+            shares.append(heat[box].sum() / heat.sum())
+    print(f"maps: {np.mean(shares):.1%} of the noun's map lies inside the object's box (median {np.median(shares):.1%}, "
+          f"worst {np.min(shares):.1%}, {len(shares)} pictures)")
+
+
+def check_lora(model: Model, count: int) -> None:
+    backgrounds = [words for _, _, words in renderer.BACKGROUNDS.values()]
+    for path in sorted((HERE / "loras").glob("*.safetensors")):
+        lora, right = read_lora(path, model.unet, model.text.model), 0
+        instance = next((one for one in renderer.INSTANCES if one.name == path.stem), None)
+        kinds = renderer.KINDS
+        for start in range(0, count, 20):
+            size = min(20, count - start)
+            if instance:
+                prompts = [f"a {path.stem} {instance.kind} {backgrounds[n % 4]}" for n in range(size)]
+            else:
+                prompts = [f"a {kinds[n % 8]} {backgrounds[n % 4]}, {path.stem} style" for n in range(size)]
+            pictures, _ = sample(model, prompts, lora, seed=1000 + start)
+            if instance:
+                right += sum(any((one.kind, one.look) == (instance.kind, instance.name) for one in seen)
+                             for seen in LOOK.look(pictures))
+            else:
+                right += sum(style == renderer.STYLES[path.stem] for style in LOOK.styles(pictures))
+        what = f"{instance.texture} {instance.kind}" if instance else renderer.STYLES[path.stem]
+        print(f"lora: {path.stem} ({what}) is there in {right / count:.0%} of {count} images", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=("judge", "vae", "base", "maps", "lora"))
+    parser.add_argument("--images", type=int, default=100, help="images per LoRA")
+    args = parser.parse_args()
+    toy = load_model(HERE)
+    for name, check in (("judge", check_judge), ("vae", check_vae), ("base", check_base), ("maps", check_maps),
+                        ("lora", lambda model: check_lora(model, args.images))):
+        if not args.only or name in args.only:
+            check(toy)
