@@ -107,7 +107,7 @@ def divide(x: Tensor, y: Tensor) -> Tensor:
 
 def update_latents(latents: Tensor, gradient: Tensor, alpha: float) -> Tensor:
     """z' = z - alpha * dL/dz (section 3.2)."""
-    return latents - alpha * gradient
+    return (latents - alpha * gradient).to(latents.dtype)
 
 
 def concept_mask(maps: Tensor, threshold: float, ties: bool = True) -> Tensor:
@@ -287,7 +287,7 @@ def contrast(unet: UNet, latents: Tensor, timestep: int, plan: Plan, layers: tup
         groups = [torch.stack([maps[v, :, :, token] for v, token in concept]) for concept in plan.concepts]
         loss = info_nce_loss([rescale(group) for group in groups] if recipe.rescale_maps else groups, recipe.temperature)
         gradient, = torch.autograd.grad(loss * scale, z)
-    return loss.detach(), gradient / scale
+    return loss.detach(), gradient.to(loss.dtype) / scale
 
 
 def read_maps(probs: dict[str, Tensor], layers: tuple[str, ...], size: Sequence[int], variants: int) -> Tensor:

@@ -47,8 +47,9 @@ def test_a_sweep_is_resumed_and_split_without_a_difference(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, word", [
-    (["--methods", "magic"], "magic"), (["--seeds", ""], "--seeds"), (["--seeds", "9-1"], "9-1"), (["--sets", "nowhere.json"], "nowhere.json"),
-    (["--sets", "bad.json"], "cat.safetensors"), (["--set", '{"nonsense": 1}'], "nonsense"), (["--model", "nowhere"], "nowhere")])
+    (["--methods", "magic"], "magic"), (["--seeds", ""], "--seeds"), (["--seeds", "9-1"], "9-1"),
+    (["--sets", "nowhere.json"], "nowhere.json"), (["--sets", "bad.json"], "cat.safetensors"),
+    (["--set", '{"nonsense": 1}'], "nonsense"), (["--model", "nowhere"], "nowhere")])
 def test_bad_input(arguments, word, tmp_path):
     (tmp_path / "bad.json").write_text(json.dumps([{"prompt": "a cat", "loras": [["cat.safetensors", "cat"]]}]))
     done = run(*FAST, *arguments, cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""Samplers against float64 by hand, their properties, and configs that are refused. The comparison with diffusers is in parity/."""
+"""Samplers against float64 by hand, their properties, and configs that are refused; parity/ has diffusers."""
 
 import math
 
@@ -8,8 +8,8 @@ import torch
 from scheduler import SCHEDULERS, make_scheduler
 
 SD15 = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-        "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "clip_sample": False,
-        "trained_betas": None}
+        "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
+        "clip_sample": False, "trained_betas": None}
 
 
 def alpha_by_hand(t: int) -> float:
@@ -78,7 +78,8 @@ def test_precision_is_kept(name, dtype):
 
 
 @pytest.mark.parametrize("change, name, word", [
-    ({"_class_name": "EulerDiscreteScheduler"}, None, "EulerDiscreteScheduler"), ({"prediction_type": "v_prediction"}, None, "SD 2"),
+    ({"_class_name": "EulerDiscreteScheduler"}, None, "EulerDiscreteScheduler"),
+    ({"prediction_type": "v_prediction"}, None, "SD 2"),
     ({"thresholding": True}, "ddim", "thresholding"), ({"rescale_betas_zero_snr": True}, "ddim", "rescale_betas_zero_snr"),
     ({"skip_prk_steps": False}, None, "skip_prk_steps"), ({"beta_schedule": "wild"}, None, "wild"),
     ({"timestep_spacing": "wild"}, "ddim", "wild"), ({"use_karras_sigmas": True}, "dpm++", "use_karras_sigmas"),
