@@ -263,15 +263,21 @@ def where_matrix(scenes: list[renderer.Scene], texts: list[str], side: int = 8) 
 
 
 def map_loss(probs: dict[str, Tensor], where: Tensor, weight: Tensor) -> Tensor:
-    """Asks the maps of an object's words to lie on the object: mean of -log(share of the map inside it).
+    """Asks the maps of an object's words to lie on the object, and the object's pixels to look at its words.
 
+    The mean of -log(share of a word's map inside its object), and of -log(2 * attention that a pixel of the object
+    pays to the object's words) where that is under a half: left alone, the text hides in the padding.
     probs: {layer: [B, H, 64, 77]}, where [B, 77, 8, 8], weight [B]. Large models learn this from scale alone.
     """
     maps = torch.stack([layer.mean(dim=1) for layer in probs.values()]).mean(dim=0)             # [B, 64, 77]
     maps, where = maps.transpose(1, 2), where.flatten(2)                                        # [B, 77, 64]
-    inside = (maps * where).sum(-1) / maps.sum(-1)                                              # [B, 77]
-    asked = where.any(-1) * weight[:, None]
-    return (-(inside + 1e-6).log() * asked).sum() / asked.sum().clamp(min=1e-6)
+    inside = (maps * where).sum(2) / maps.sum(2)                                                # [B, 77]
+    asked = where.any(2) * weight[:, None]
+    local = (-(inside + 1e-6).log() * asked).sum() / asked.sum().clamp(min=1e-6)
+    attention = (maps * where).sum(1)                                                           # [B, 64]
+    asked = where.any(1) * weight[:, None]
+    looking = (-(2 * attention + 1e-6).log().clamp(max=0) * asked).sum() / asked.sum().clamp(min=1e-6)
+    return local + looking
 
 
 def cached_scenes(vae: VAE, device: str) -> dict:
@@ -331,7 +337,7 @@ def train_unet(args: argparse.Namespace) -> None:
     cache = cached_scenes(vae, args.device)
     ids = tokenizer(cache["texts"], padding="max_length", max_length=77, return_tensors="pt").input_ids      # [S, 77]
     empty = tokenizer("", padding="max_length", max_length=77, return_tensors="pt").input_ids                # [1, 77]
-    run = Run("unet", {"unet": unet, "text": text}, lr=8e-4, steps=4000, args=args, ema=0.999, weight_decay=0.01)
+    run = Run("unet", {"unet": unet, "text": text}, lr=8e-4, steps=5000, args=args, ema=0.999, weight_decay=0.01)
     while run.step < run.steps:
         rng = run.rng()
         rows = torch.from_numpy(rng.integers(0, len(ids), 32))
@@ -341,7 +347,7 @@ def train_unet(args: argparse.Namespace) -> None:
         context = text(torch.where(told[:, None], ids[rows], empty).to(args.device)).last_hidden_state   # [32, 77, 128]
         where = (cache["where"][rows] & told[:, None, None, None]).to(args.device)
         loss, localise = diffusion_loss(unet, context, latents, where, alphas)
-        run.backward(loss + 0.02 * localise, noise=loss, maps=localise)
+        run.backward(loss + 0.01 * localise, noise=loss, maps=localise)
     run.use_average()
     write_json(HERE / "unet/config.json", UNET_CONFIG)
     save_half(unet, HERE / "unet/diffusion_pytorch_model.safetensors")
@@ -454,7 +460,7 @@ def train_lora(args: argparse.Namespace) -> None:
         factors = {key: Factors(layer, rank, alpha).to(args.device) for key, layer in layers.items()}
         text_factors = {key: Factors(layer, rank, alpha).to(args.device) for key, layer in text_layers.items()}
         trained = nn.ModuleList([*factors.values(), *text_factors.values()])
-        run = Run(f"lora_{name}", {"factors": trained}, lr=2e-3, steps=500, args=args, ema=0.98)
+        run = Run(f"lora_{name}", {"factors": trained}, lr=2e-3, steps=350, args=args, ema=0.98)
         rows_on = torch.ones(16, 1, device=args.device)
         while run.step < run.steps:
             rng = run.rng()
@@ -472,7 +478,7 @@ def train_lora(args: argparse.Namespace) -> None:
                        for (key, layer), factor in zip(text_layers.items(), text_factors.values())}
             context = torch.func.functional_call(text, weights, (batch_ids,)).last_hidden_state
             loss, localise = diffusion_loss(unet, context, latents, seen, alphas, rows_on)
-            run.backward(loss + 0.02 * localise, noise=loss, maps=localise)
+            run.backward(loss + 0.01 * localise, noise=loss, maps=localise)
         run.use_average()
         for layer in layers.values():
             layer.attach({}, 0)
