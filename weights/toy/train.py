@@ -337,7 +337,7 @@ def train_unet(args: argparse.Namespace) -> None:
     cache = cached_scenes(vae, args.device)
     ids = tokenizer(cache["texts"], padding="max_length", max_length=77, return_tensors="pt").input_ids      # [S, 77]
     empty = tokenizer("", padding="max_length", max_length=77, return_tensors="pt").input_ids                # [1, 77]
-    run = Run("unet", {"unet": unet, "text": text}, lr=8e-4, steps=5000, args=args, ema=0.999, weight_decay=0.01)
+    run = Run("unet", {"unet": unet, "text": text}, lr=8e-4, steps=4300, args=args, ema=0.999, weight_decay=0.01)
     while run.step < run.steps:
         rng = run.rng()
         rows = torch.from_numpy(rng.integers(0, len(ids), 32))
@@ -460,7 +460,7 @@ def train_lora(args: argparse.Namespace) -> None:
         factors = {key: Factors(layer, rank, alpha).to(args.device) for key, layer in layers.items()}
         text_factors = {key: Factors(layer, rank, alpha).to(args.device) for key, layer in text_layers.items()}
         trained = nn.ModuleList([*factors.values(), *text_factors.values()])
-        run = Run(f"lora_{name}", {"factors": trained}, lr=2e-3, steps=350, args=args, ema=0.98)
+        run = Run(f"lora_{name}", {"factors": trained}, lr=2e-3, steps=250, args=args, ema=0.98)
         rows_on = torch.ones(16, 1, device=args.device)
         while run.step < run.steps:
             rng = run.rng()
@@ -471,8 +471,8 @@ def train_lora(args: argparse.Namespace) -> None:
             deviations = torch.cat([(0.5 * logvar[own]).exp(), prior["deviation"][other].float().to(args.device)])
             seen = torch.cat([where[own], prior["where"][other].to(args.device)])
             latents = scale * (means + deviations * torch.randn_like(means))                    # [16, 4, 16, 16]
-            for key, layer in layers.items():
-                layer.down, layer.up = factors[key].down, factors[key].up * factors[key].scale
+            for key, layer in layers.items():           # "* 1": a parameter itself would become one of the layer's
+                layer.down, layer.up = factors[key].down * 1, factors[key].up * factors[key].scale
                 layer.owner = torch.zeros(rank, dtype=torch.long, device=args.device)
             weights = {f"{key}.weight": layer.weight + factor.scale * factor.up @ factor.down
                        for (key, layer), factor in zip(text_layers.items(), text_factors.values())}
