@@ -337,7 +337,7 @@ def train_unet(args: argparse.Namespace) -> None:
     cache = cached_scenes(vae, args.device)
     ids = tokenizer(cache["texts"], padding="max_length", max_length=77, return_tensors="pt").input_ids      # [S, 77]
     empty = tokenizer("", padding="max_length", max_length=77, return_tensors="pt").input_ids                # [1, 77]
-    run = Run("unet", {"unet": unet, "text": text}, lr=8e-4, steps=4300, args=args, ema=0.999, weight_decay=0.01)
+    run = Run("unet", {"unet": unet, "text": text}, lr=8e-4, steps=4000, args=args, ema=0.999, weight_decay=0.01)
     while run.step < run.steps:
         rng = run.rng()
         rows = torch.from_numpy(rng.integers(0, len(ids), 32))
