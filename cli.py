@@ -23,9 +23,9 @@ from weights import Model, load_model
 
 # as seen from where the user is: the path goes into the images' settings
 TOY = Path(os.path.relpath(Path(__file__).resolve().parent / "weights" / "toy"))
-DEMO = {"prompt": "a ball and a star on the grass",
+DEMO = {"prompt": "a ball and a ring on the grass",
         "lora": [[str(TOY / "loras/zib.safetensors"), "ball=zib ball"],
-                 [str(TOY / "loras/tam.safetensors"), "star=tam star"]]}
+                 [str(TOY / "loras/pel.safetensors"), "ring=pel ring"]]}
 CHOICES = {"scheduler": ("ddim", "pndm", "dpm++"), "maps_from": ("cond", "both"), "noise_from": ("after", "before")}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
           "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

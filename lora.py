@@ -18,14 +18,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 
@@ -84,253 +86,313 @@ class LoRAConv2d(_Adapted, nn.Conv2d):
 
 # --- files ----------------------------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoRALayer:
-    """What a file holds for one layer, whatever its format: W' = W + up @ down, alpha / rank folded in."""
+    """The change of one layer, W' = W + up @ down; with `dora_scale` the rows of that are then rescaled (DoRA)."""
 
     down: Tensor                        # [r, in] or [r, in, kh, kw]
-    up: Tensor                          # [out, r]
-    dora_scale: Tensor | None = None    # [out] DoRA's magnitudes (arXiv 2402.09353, eq. 5)
+    up: Tensor                          # [out, r]; alpha / rank is folded in
+    dora_scale: Tensor | None = None    # [out] length of every row of W' (arXiv 2402.09353, eq. 5)
+
+    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(down, up, gain) with W' - W = up @ down + gain * W, gain [out] or None, for W = `weight`."""
+        down, up = self.down.to(weight.device), self.up.to(weight.device)
+        if self.dora_scale is None:
+            return down, up, None
+        lengths = (weight.flatten(1) + up @ down.flatten(1)).norm(dim=1)     # [out]
+        scale = self.dora_scale.to(weight.device) / lengths.clamp_min(1e-38)
+        return down, up * scale[:, None], scale - 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoRA:
     path: Path
+    name: str                           # the file's name without its ending
+    format: str                         # "kohya LoRA", "peft DoRA", "kohya LoHa", ...
     sha256: str
-    format: str
+    ranks: tuple[int, ...]              # the different ranks of its layers as factored here, ascending
     unet: dict[str, LoRALayer]          # by module name
-    text_encoder: dict[str, LoRALayer]  # by module name, text_model.encoder.layers...
+    text_encoder: dict[str, LoRALayer]  # by module name in the long form, text_model.encoder.layers.0.self_attn.q_proj
     metadata: dict[str, str]
-
-    @property
-    def name(self) -> str:
-        return self.path.stem
-
-
-# what follows the layer's name in a key: what it is. The first that fits counts.
-ROLES = {
-    ".lora_down.weight": "down", ".lora_up.weight": "up", ".lora_mid.weight": "mid", ".alpha": "alpha",
-    ".dora_scale": "dora", ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_A.default.weight": "down",
-    ".lora_B.default.weight": "up", ".lora_magnitude_vector.weight": "dora", ".lora_magnitude_vector": "dora",
-    ".lora.down.weight": "down", ".lora.up.weight": "up", "_lora.down.weight": "down", "_lora.up.weight": "up",
-    "_lora.alpha": "alpha", ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up",
-    **{f".{name}": name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "lokr_w1", "lokr_w1_a",
-                                     "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")},
-}
-FORMATS = {"lora_unet_": "kohya", "lora_te": "kohya", "unet.": "diffusers", "text_encoder.": "diffusers"}
-
-
-def read_lora(path: str | Path, unet: nn.Module, text_encoder: nn.Module | None = None) -> LoRA:
-    """Reads a LoRA file of any published format: kohya-ss, diffusers' attention processors, PEFT, LyCORIS (LoHa, LoKr).
-
-    ValueError, one line that names the file: no such file, not a LoRA, damaged, for another model, keys that fit no
-    layer, shapes that do not fit, numbers that are not finite.
-    """
-    path = Path(path)
-    state, metadata = read_tensors(path)
-    if model := _looks_like(state):
-        raise ValueError(f"{path} looks like a LoRA for {model}; this model is of the SD 1.x family")
-    known = _aliases(unet, text_encoder)
-    groups: dict[tuple[str, str], dict[str, Tensor]] = {}
-    strangers = []
-    for key, tensor in state.items():
-        suffix = next((suffix for suffix in ROLES if key.endswith(suffix)), None)
-        target = known.get(key.removesuffix(suffix)) if suffix else None
-        if suffix is None or target is None:
-            strangers.append(key)
-        else:
-            if not torch.isfinite(tensor).all():
-                raise ValueError(f"{path}: {key} holds NaN or infinite numbers; the file is damaged")
-            groups.setdefault(target, {})[ROLES[suffix]] = tensor.float()
-    if len(strangers) == len(state):
-        raise ValueError(f"{path} holds no LoRA for this model: none of its {len(state)} keys fits (the first is "
-                         f"{min(state, default='missing')})")
-    if strangers:
-        raise ValueError(f"{path}: {len(strangers)} of {len(state)} keys fit no layer of this model: "
-                         f"{', '.join(sorted(strangers)[:3])}{' ...' if len(strangers) > 3 else ''}")
-    halves: dict[str, dict[str, LoRALayer]] = {"unet": {}, "text_encoder": {}}
-    modules = {"unet": dict(unet.named_modules()), "text_encoder": _text_modules(text_encoder)}
-    for (half, name), parts in groups.items():
-        alpha = parts["alpha"].item() if "alpha" in parts else _alpha_beside(path, metadata, half, name)
-        try:
-            halves[half][name] = _to_layer(parts, modules[half][name].weight, alpha)
-        except (KeyError, RuntimeError, ValueError) as error:
-            reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path}: {half}.{name}: {reason}") from None
-    first = next(iter(state))
-    kind = next((kind for prefix, kind in FORMATS.items() if first.startswith(prefix)), "peft")
-    return LoRA(path, _sha256(path), kind, halves["unet"], halves["text_encoder"], metadata)
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A .safetensors file, or a pickle of nothing but tensors -> (tensors by key, metadata)."""
-    if not path.is_file():
-        raise ValueError(f"{path}: {'is a folder, not a LoRA file' if path.is_dir() else 'there is no such file'}")
-    with open(path, "rb") as file:
-        magic = file.read(2)
-    if magic in (b"PK", b"\x80\x02"):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=magic == b"PK")
-        except Exception as error:      # a damaged pickle can raise anything at all
-            raise ValueError(f"{path} is a pickle that would run code or is damaged, and is not loaded; convert it to "
-                             f"safetensors ({type(error).__name__})") from None
-        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise ValueError(f"{path} holds no plain table of tensors; convert it to safetensors")
-        return state, {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            return {key: file.get_tensor(key) for key in file.keys()}, metadata
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        empty = path.stat().st_size == 0
-        raise ValueError(f"{path} is {'empty' if empty else f'damaged or not a safetensors file ({error})'}") from None
-
-
-def _looks_like(state: dict[str, Tensor]) -> str:
-    """The other family that the keys or widths point to, or ""."""
-    for key, tensor in state.items():
-        if re.search(r"lora_te2_|text_encoder_2\.|transformer_blocks[_.][1-9]\d*[_.]attn", key):
-            return "SDXL"
-        if re.search(r"double_blocks|single_blocks|single_transformer_blocks|^transformer\.|lora_transformer_", key):
-            return "Flux, SD 3 or another transformer"
-        if re.search(r"attn2[._](processor\.)?to_k", key) and re.search(r"down\.weight|lora_A", key) and tensor.dim() > 1:
-            if family := {2048: "SDXL", 1024: "SD 2.x"}.get(tensor.shape[1]):
-                return family
-    return ""
-
-
-def _text_modules(text_encoder: nn.Module | None) -> dict[str, nn.Module]:
-    """Modules of a CLIPTextModel by long name: transformers 5 dropped the "text_model." that files still carry."""
-    if text_encoder is None:
-        return {}
-    return {name if name.startswith("text_model.") else f"text_model.{name}": module
-            for name, module in text_encoder.named_modules()}
-
-
-def _aliases(unet: nn.Module, text_encoder: nn.Module | None) -> dict[str, tuple[str, str]]:
-    """Every name that some format gives a layer -> ("unet" or "text_encoder", our module name)."""
-    from weights.names import ldm_unet_name  # a cycle at import time: weights needs the UNet, which needs LoRA
-    table: dict[str, tuple[str, str]] = {}
-    attends = tuple(bool(block.attentions) for block in unet.up_blocks)             # type: ignore[union-attr]
-    for name, module in unet.named_modules():
-        if isinstance(module, _Adapted):
-            ldm = ldm_unet_name(name, unet.config.layers_per_block, attends)        # type: ignore[union-attr, arg-type]
-            spellings = [name, f"unet.{name}", f"base_model.model.{name}", f"unet.base_model.model.{name}",
-                         f"lora_unet_{name.replace('.', '_')}", f"lora_unet_{ldm.replace('.', '_')}"]
-            block, _, leaf = name.partition(".attn")
-            if leaf:                                # attention processors: attn1.processor.to_q_lora
-                old = f"{block}.attn{leaf[0]}.processor.{leaf[2:].removesuffix('.0')}"
-                spellings += [old, f"unet.{old}"]
-            table |= dict.fromkeys(spellings, ("unet", name))
-    for name, module in _text_modules(text_encoder).items():
-        if isinstance(module, nn.Linear):
-            flat = name.replace(".", "_")
-            spellings = [name, f"text_encoder.{name}", f"base_model.model.{name}", f"text_encoder.base_model.model.{name}",
-                         f"lora_te_{flat}", f"lora_te1_{flat}"]
-            table |= dict.fromkeys(spellings, ("text_encoder", name))
-    return table
-
-
-def _alpha_beside(path: Path, metadata: dict[str, str], half: str, name: str) -> float | None:
-    """PEFT keeps alpha out of the tensors: in diffusers' metadata, or in adapter_config.json beside the file."""
-    if "lora_adapter_metadata" in metadata:
-        config = {key.removeprefix(f"{half}."): value for key, value in json.loads(metadata["lora_adapter_metadata"]).items()
-                  if key.startswith(f"{half}.")}
-    elif path.name.startswith("adapter_model.") and (beside := path.with_name("adapter_config.json")).is_file():
-        config = json.loads(beside.read_text())
-    else:
-        return None
-    patterns = config.get("alpha_pattern") or {}
-    alpha = next((value for pattern, value in patterns.items() if re.search(rf"(^|\.){pattern}$", name)),
-                 config.get("lora_alpha"))
-    if alpha is not None and config.get("use_rslora"):
-        raise ValueError(f"{path}: rank-stabilised LoRA (use_rslora) is not supported")
-    return alpha
-
-
-def _to_layer(parts: dict[str, Tensor], weight: Tensor, alpha: float | None) -> LoRALayer:
-    """Any kind of factors -> (down, up) for a layer with this weight [out, in(, kh, kw)]."""
-    if "hada_w1_a" in parts:            # LoHa (arXiv 2108.06098): the product of two products, exactly of rank r * r
-        a, b, c, d = (parts[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
-        rank = b.shape[0]
-        up = (a[:, :, None] * c[:, None, :]).flatten(1)                             # [out, r * r]
-        down = (b[:, None] * d[None, :]).flatten(0, 1)                              # [r * r, in * k]
-    elif "lokr_w1" in parts or "lokr_w1_a" in parts:        # LoKr: kron(A1 B1, A2 B2) = kron(A1, A2) kron(B1, B2)
-        pairs, rank = [], None
-        for name in ("lokr_w1", "lokr_w2"):
-            if name in parts:
-                full = parts[name].flatten(1)
-                wide = full.shape[0] < full.shape[1]
-                pairs.append((torch.eye(len(full)), full) if wide else (full, torch.eye(full.shape[1])))
-            else:
-                pairs.append((parts[f"{name}_a"], parts[f"{name}_b"].flatten(1)))
-                rank = parts[f"{name}_b"].shape[0]
-        (a1, b1), (a2, b2) = pairs
-        up, down = torch.kron(a1, a2), torch.kron(b1, b2)
-        rank, alpha = (rank, alpha) if rank else (1, 1.0)   # full factors are not scaled
-    else:
-        down, up = parts["down"], parts["up"].flatten(1)
-        rank = down.shape[0]
-        if "mid" in parts:              # LoCon in Tucker form: 1x1 down, kxk core, 1x1 up
-            down = torch.einsum("mnhw,ni->mihw", parts["mid"], down.flatten(1))
-    scale = 1.0 if alpha is None else alpha / rank
-    wanted = (len(down), *weight.shape[1:])
-    if down.numel() != torch.Size(wanted).numel() or up.shape != (weight.shape[0], len(down)):
-        raise ValueError(f"factors {list(up.shape)} x {list(down.shape)} do not fit the layer's {list(weight.shape)}")
-    dora = parts.get("dora")
-    if dora is not None and dora.numel() != weight.shape[0]:
-        raise ValueError(f"dora_scale {list(dora.shape)} is not one number per output channel ({weight.shape[0]})")
-    if dora is not None and dora.dim() == 2 and dora.shape[0] == 1 and weight.shape[0] != 1:
-        raise ValueError("dora_scale is given per input channel (an early LyCORIS form), which is not supported")
-    return LoRALayer(down.reshape(wanted), up * scale, None if dora is None else dora.flatten())
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# --- use ------------------------------------------------------------------------------------------------------------
-
-def _delta(layer: LoRALayer, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(up @ down shaped as the weight, DoRA's change of each output row or None), in float32 on the weight's device."""
-    delta = (layer.up.to(weight.device) @ layer.down.to(weight.device).flatten(1)).view(weight.shape)
-    if layer.dora_scale is None:
-        return delta, None
-    length = (weight.float() + delta).flatten(1).norm(dim=1)                        # [out]
-    return delta, layer.dora_scale.to(weight.device) / length - 1
 
 
 def attach(unet: nn.Module, loras: Sequence[LoRA]) -> None:
-    """Makes loras[a] adapter a of every layer of the UNet, in place of any before; attach(unet, []) takes all off."""
-    for name, module in unet.named_modules():
-        if isinstance(module, _Adapted):
-            factors = {}
-            for a, lora in enumerate(loras):
-                if name in lora.unet:
-                    layer, up, gain = lora.unet[name], lora.unet[name].up, None
-                    if layer.dora_scale is not None:
-                        gain = _delta(layer, module.weight)[1]                      # type: ignore[arg-type]
-                        up = up * (1 + gain.cpu())[:, None]                         # type: ignore[union-attr]
-                    factors[a] = layer.down, up, gain
-            module.attach(factors, len(loras))
+    """Makes column a of `adapters` mean loras[a] in every layer; [] detaches. Move or cast the UNet before, not after."""
+    layers = {name: module for name, module in unet.named_modules() if isinstance(module, _Adapted)}
+    if missing := {name for lora in loras for name in lora.unet} - set(layers):
+        raise ValueError(f"this UNet has no layer {min(missing)}; the LoRA was read for another model")
+    for name, module in layers.items():
+        weight = module.weight.detach()                                             # type: ignore[attr-defined]
+        module.attach({a: lora.unet[name].factors(weight) for a, lora in enumerate(loras) if name in lora.unet}, len(loras))
 
 
-def merged_weights(module: nn.Module, loras: Sequence[tuple[LoRA, float]], half: str = "text_encoder") -> dict[str, Tensor]:
-    """{parameter name: W + sum of strength * delta}, for torch.func.functional_call: the module itself is not changed.
-
-    `half` says which part of the files belongs to the module: "text_encoder" or "unet".
-    """
+def merged_weights(module: nn.Module, loras: Sequence[tuple[LoRA, float]], which: str = "text_encoder") -> dict[str, Tensor]:
+    """{parameter name: W + sum of strength * (W' - W)}, for torch.func.functional_call(module, ...)."""
+    targets = _targets(module, long=which == "text_encoder")
     merged: dict[str, Tensor] = {}
-    parameters = dict(module.named_parameters())
     for lora, strength in loras:
-        for name, layer in getattr(lora, half).items():
-            key = f"{name}.weight"
-            key = key if key in parameters else key.removeprefix("text_model.")
-            weight = parameters[key].detach().float()
-            delta, gain = _delta(layer, weight)
-            if gain is not None:
-                gain = gain.view(-1, *[1] * (weight.dim() - 1))
-                delta = weight * gain + delta * (1 + gain)
-            merged[key] = merged.get(key, weight) + strength * delta
-    return {key: value.to(parameters[key].dtype) for key, value in merged.items()}
+        for name, layer in getattr(lora, which).items():
+            parameter, weight = targets[name]
+            down, up, gain = layer.factors(weight)
+            # float32, whatever the weight's precision: the factors are float32
+            delta = up @ down.flatten(1) + (0 if gain is None else gain[:, None] * weight.flatten(1))
+            merged[parameter] = merged.get(parameter, weight) + strength * delta.view_as(weight)
+    return {parameter: value.to(module.get_parameter(parameter).dtype) for parameter, value in merged.items()}
+
+
+def read_lora(path: str | Path, unet: nn.Module, text_encoder: nn.Module | None = None) -> LoRA:
+    """Reads a LoRA of any common format for these two modules; without a text encoder that half is left unread.
+
+    Naming:     kohya-ss (with diffusers' or LDM's block names), diffusers old and new, PEFT
+    Algorithms: LoRA and LoCon (also Tucker), LyCORIS LoHa and LoKr as exact low-rank factors, DoRA on any of them
+    Every key is used, or a ValueError of one line names the file, the key and the remedy.
+    """
+    file = _File(Path(path))
+    targets = {"unet": _targets(unet), "text_encoder": _targets(text_encoder, long=True) if text_encoder else {}}
+    names = {"unet": _unet_names(unet, targets["unet"]), "text_encoder": _text_names(targets["text_encoder"])}
+    matches = {key: KEY.fullmatch(key) for key in file.shapes}
+    if not any(matches.values()):
+        raise file.error(f"has no LoRA keys (first: {next(iter(file.shapes), 'none at all')}); "
+                         f"it looks like {_guess(NOT_A_LORA, file.shapes) or 'something else'}, name a LoRA file")
+    groups: dict[tuple[str, str], dict[str, str]] = {}          # (half, module name) -> {part: key}
+    unknown = []
+    for key, match in matches.items():
+        prefix, layer = (match["half"] or "", _flat(match["layer"])) if match else ("", "")
+        halves = ("text_encoder",) if "te" in prefix else ("unet",) if prefix else ("unet", "text_encoder")
+        found = next(((half, names[half][layer]) for half in halves if layer in names[half]), None)
+        if match is None or found is None:
+            unknown += [key] if "te" not in prefix or text_encoder else []
+            continue
+        part = PARTS.get(match["lora"], match["lora"]) or match["other"]
+        if (other := groups.setdefault(found, {}).setdefault(part, key)) != key:
+            raise file.error(f"{key} and {other} are for the same layer; remove one of them")
+        if 0 in file.shapes[key] or (not file.shapes[key] and part != "alpha"):
+            raise file.error(f"{key} has shape {list(file.shapes[key])}; the file is damaged, download it again")
+    if unknown:
+        raise file.mismatch(f"{len(unknown)} of {len(file.shapes)} keys match nothing in this model: "
+                            f"{', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}")
+    layers: dict[str, dict[str, LoRALayer]] = {"unet": {}, "text_encoder": {}}
+    for (half, name), parts in groups.items():
+        layers[half][name] = _read_layer(file, half, name, parts, targets[half][name][1])
+    text = "\n".join(file.shapes)
+    naming = "kohya" if re.search("^lora_", text, re.M) else "peft" if "lora_A" in text else "diffusers"
+    kind = next((kind for word, kind in KINDS.items() if word in text), "LoRA")
+    ranks = {layer.up.shape[1] for half in layers.values() for layer in half.values()}
+    return LoRA(file.path, file.path.stem, f"{naming} {kind}", file.sha256, tuple(sorted(ranks)), **layers,
+                metadata=file.metadata)
+
+
+KEY = re.compile(
+    r"(?:base_model\.model\.)?(?P<half>lora_unet_|unet\.|lora_te1?_|text_encoder\.)?(?:base_model\.model\.)?(?P<layer>.+?)"
+    r"(?:(?:[._]lora|\.lora_linear_layer)[._](?P<lora>down|up|mid|A|B|alpha|magnitude_vector)"
+    r"|\.(?P<other>alpha|dora_scale|(?:hada|lokr)_(?:w[12](?:_[ab])?|t[12])))(?:\.default)?(?:\.weight)?")
+KINDS = {"hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "magnitude": "DoRA"}
+PARTS = {"A": "down", "B": "up", "magnitude_vector": "magnitude"}
+# What keys and shapes, one "key [shape]" a line, give away about the model that a file is for
+FAMILIES = {
+    r"double_blocks|single_blocks|joint_blocks|single_transformer|^transformer\.|^lora_transformer|^diffusion_model\.":
+        "a transformer model (Flux, SD 3 or similar)",
+    r"lora_te2_|text_encoder_2\.|attentions.\d.transformer_blocks.[1-9]|put_blocks.\d.1.transformer_blocks.[1-9]"
+    r"|attn2.*to_k.* \[\d+, 2048": "SDXL",
+    r"attn2.*to_k.* \[\d+, 1024": "SD 2"}
+NOT_A_LORA = {r"model\.diffusion_model|first_stage_model|down_blocks|encoder\.|^conv_in": "a checkpoint",
+              r"emb_params|string_to|^clip_[lg] |^<": "a textual inversion embedding"}
+
+
+def _guess(table: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> str:
+    text = "\n".join(f"{key} {list(shape)}" for key, shape in shapes.items())
+    return next((what for pattern, what in table.items() if re.search(pattern, text, re.M)), "")
+
+
+def _targets(module: nn.Module, long: bool = False) -> dict[str, tuple[str, Tensor]]:
+    """{module name: (name of its weight, weight)}; `long` puts back the text_model. that transformers 5 leaves out."""
+    return {f"text_model.{name.removeprefix('text_model.')}" if long else name: (f"{name}.weight", layer.weight.detach())
+            for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
+
+
+def _flat(name: str) -> str:
+    """One spelling for all: kohya has underscores for dots, diffusers' first format has a `processor` in between."""
+    return name.replace(".processor.", ".").replace(".", "_")
+
+
+def _text_names(targets: Iterable[str]) -> dict[str, str]:
+    """{flat name: module name} of a CLIP text encoder; diffusers' first format said to_q for q_proj."""
+    aliases = {name: (name, re.sub(r"(q|k|v|out)_proj$", r"to_\1", name)) for name in targets}
+    return {_flat(long.removeprefix(cut)): name for name in targets for long in aliases[name] for cut in ("", "text_model.")}
+
+
+def _unet_names(unet: nn.Module, targets: Iterable[str]) -> dict[str, str]:
+    """{flat name: module name}: diffusers' names, diffusers' first format (to_out), and those of the LDM code."""
+    from weights.names import ldm_unet_name  # not above: weights imports the UNet, which imports this module
+
+    layers = len(unet.down_blocks[0].resnets)                                       # type: ignore
+    attends = tuple(bool(getattr(block, "attentions", ())) for block in unet.up_blocks)         # type: ignore
+    aliases = {name: (name, ldm_unet_name(name, layers, attends), name.replace(".to_out.0", ".to_out")) for name in targets}
+    return {_flat(alias): name for name in targets for alias in aliases[name]}
+
+
+class _File:
+    """An opened LoRA file: `shapes` are known at once, tensors are read when asked for."""
+
+    def __init__(self, path: Path):
+        self.path, self.metadata = path, dict[str, str]()
+        try:
+            with path.open("rb") as stream:
+                head = stream.read(9)
+                stream.seek(0)
+                self.sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise self.error(f"cannot be read ({str(error.strerror).lower()}); check the path of the LoRA") from None
+        if not head:
+            raise self.error("is empty; download it again")
+        if head[8:] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80"):
+            tensors = self._unpickle(mmap=head[:2] == b"PK")
+            self.shapes, self._get = {key: tuple(value.shape) for key, value in tensors.items()}, tensors.__getitem__
+        else:
+            try:
+                handle = safe_open(path, "pt")
+                self.shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}
+            except Exception as error:                          # SafetensorError, or OSError from the mapping
+                raise self.error(f"is damaged or not a safetensors file ({error}); download it again") from None
+            self.metadata, self._get = handle.metadata() or {}, handle.get_tensor
+        self.config = self._peft_config()
+
+    def _unpickle(self, mmap: bool) -> dict[str, Tensor]:
+        try:
+            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=mmap)
+            content = dict(content.get("state_dict", content))
+        except pickle.UnpicklingError:
+            raise self.error("is a pickle that would run code when loaded, or is damaged; "
+                             "convert it to safetensors where you trust it") from None
+        except Exception as error:                              # torch raises many kinds for damaged archives
+            raise self.error(f"is damaged or not a LoRA ({error}); download it again") from None
+        tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+        for key, value in tensors.items():                      # strides of 0 would claim any shape with a few bytes
+            if value.layout != torch.strided or value.device.type != "cpu" or \
+                    value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise self.error(f"{key} is not a plain tensor; convert the file to safetensors")
+        return tensors
+
+    def _peft_config(self) -> dict:
+        """What PEFT noted about alpha: in the file (recent diffusers), or beside a file of bare PEFT weights."""
+        beside = self.path.parent / "adapter_config.json"
+        try:
+            if note := self.metadata.get("lora_adapter_metadata"):
+                return dict(json.loads(note))           # {"unet.r": 8, "unet.lora_alpha": 4, ...}
+            if any(key.startswith("base_model.model.") for key in self.shapes) and beside.exists():
+                config = dict(json.loads(beside.read_text()))
+                if (kind := config.get("peft_type", "LORA")) != "LORA":
+                    raise ValueError(f"{kind} is not supported, only LORA")
+                return {f"{half}.{key}": value for half in ("unet", "text_encoder") for key, value in config.items()}
+        except (ValueError, TypeError, OSError) as error:
+            raise self.error(f"its PEFT settings cannot be read ({error}); save the LoRA again") from None
+        return {}
+
+    def peft_scale(self, half: str, name: str, rank: int) -> float:
+        """alpha / rank of a layer without an alpha key: from the PEFT settings, else 1."""
+        patterns = self.config.get(f"{half}.alpha_pattern")
+        own = [alpha for key, alpha in (patterns.items() if isinstance(patterns, dict) else ())
+               if f".{name}".endswith("." + key.lstrip("^"))]
+        alpha = [*own, self.config.get(f"{half}.lora_alpha", rank)][0]
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise self.error(f"lora_alpha of {name} is {alpha!r} in the PEFT settings; save the LoRA again")
+        return alpha / (rank ** 0.5 if self.config.get(f"{half}.use_rslora") else rank)
+
+    def tensor(self, key: str) -> Tensor:
+        try:
+            value = self._get(key)
+            if value.dim() and not value.is_floating_point():
+                raise TypeError(f"it holds {value.dtype}")
+            value = value.float()
+        except Exception as error:                              # also dtypes that this torch does not know
+            raise self.error(f"{key} cannot be read ({error}); save the LoRA as float16 or float32") from None
+        if not value.isfinite().all():
+            raise self.error(f"{key} holds NaN or infinity; the training failed or the file is damaged, use another")
+        return value
+
+    def error(self, why: str) -> ValueError:
+        return ValueError(" ".join(f"{self.path}: {why}".splitlines()))
+
+    def mismatch(self, why: str) -> ValueError:
+        """For a key or a shape that this model does not have: with a guess which model the LoRA is for."""
+        family = _guess(FAMILIES, self.shapes)
+        return self.error(f"looks like a LoRA for {family}, this model is SD 1.5; use a LoRA for SD 1.5 ({why})" if family
+                          else f"{why}; use a LoRA that was trained on this kind of model")
+
+
+def _read_layer(file: _File, half: str, name: str, parts: dict[str, str], weight: Tensor) -> LoRALayer:
+    """Checks the shapes of one layer's parts against its weight, reads them, and makes low-rank factors of them."""
+    out, width, *kernel = weight.shape
+    unread = set(parts)
+
+    def shape(part: str) -> tuple[int, ...]:
+        if part not in parts:
+            raise file.error(f"{max(parts.values())} has no {part} beside it; the file is incomplete, download it again")
+        return file.shapes[parts[part]]
+
+    def take(part: str, *wanted: int) -> Tensor:
+        """The tensor, if this is its shape, up to ones and a flattened kernel."""
+        fits = [[n for n in sizes if n > 1] for sizes in (shape(part), wanted, (*wanted[:1], math.prod(wanted[1:])))]
+        if fits[0] not in fits[1:]:
+            raise file.mismatch(f"{parts[part]} has shape {list(shape(part))}, {name} needs {list(wanted)}")
+        unread.discard(part)
+        return file.tensor(parts[part]).reshape(wanted)
+
+    def pair(a: str, b: str, core: str, rows: int, columns: int, kernel: list[int]) -> tuple[Tensor, Tensor]:
+        """Factors [rows, r] and [r, columns, *kernel]; the core [r, r, *kernel] of Tucker's form is multiplied in."""
+        if core not in parts:
+            down = take(b, shape(b)[0], columns, *kernel)       # first: its width tells for which model the file is
+            return take(a, rows, len(down)), down
+        left, right = (*shape(core), 0)[:2]
+        up = take(a, rows, left) if a == "up" else take(a, left, rows).T.contiguous()          # LyCORIS stores it transposed
+        return up, torch.einsum("ij...,jc->ic...", take(core, left, right, *kernel), take(b, right, columns)).contiguous()
+
+    if any(part.startswith("hada") for part in parts):          # (A1 B1) * (A2 B2): every row of B1 times every row of B2
+        (a1, b1), (a2, b2) = (pair(f"hada_w{n}_a", f"hada_w{n}_b", f"hada_t{n}", out, width, kernel) for n in (1, 2))
+        rank = len(b1)
+        if len(b1) * len(b2) <= out:
+            up, down = (a1[:, :, None] * a2[:, None, :]).flatten(1), (b1[:, None] * b2[None]).flatten(0, 1)
+        else:
+            up, down = _dense((a1 @ b1.flatten(1)) * (a2 @ b2.flatten(1)), kernel)
+    elif any(part.startswith("lokr") for part in parts):        # kron(A1 B1, A2 B2) = kron(A1, A2) kron(B1, B2)
+        def factor(n: int, rows: int, columns: int, kernel: list[int]) -> tuple[Tensor, Tensor]:
+            if f"lokr_w{n}" in parts:
+                return _dense(take(f"lokr_w{n}", rows, columns, *kernel).flatten(1), kernel)
+            a, b = pair(f"lokr_w{n}_a", f"lokr_w{n}_b", f"lokr_t{n}", rows, columns, kernel)
+            return (a, b) if len(b) <= rows else _dense(a @ b.flatten(1), kernel)
+        rows, columns = [shape("lokr_w1" if "lokr_w1" in parts else f"lokr_w1_{ab}")[n] for ab, n in (("a", 0), ("b", -1))]
+        if out % rows or width % columns:
+            raise file.mismatch(f"{min(parts.values())}: a first factor [{rows}, {columns}] does not divide {name}")
+        (a1, b1), (a2, b2) = factor(1, rows, columns, []), factor(2, out // rows, width // columns, kernel)
+        up, down = torch.kron(a1, a2), torch.kron(b1.view(*b1.shape, *[1] * len(kernel)), b2)
+        rank = next((shape(f"lokr_w{n}_b")[0] for n in (2, 1) if f"lokr_w{n}" not in parts), 0)
+    else:
+        up, down = pair("up", "down", "mid", out, width, kernel)
+        rank = shape("down")[0]
+    if not rank:                                                # LoKr of two whole matrices: alpha has no meaning
+        unread.discard("alpha")
+    elif "alpha" in parts:
+        up = up * ((take("alpha").item() or rank) / rank)       # to the trainers 0 means "not set"
+    else:
+        up = up * file.peft_scale(half, name, rank)
+
+    length = next((part for part in ("dora_scale", "magnitude") if part in parts), "")
+    of_columns = length == "dora_scale" and len(shape(length)) > 1 and shape(length)[0] == 1
+    dora_scale = take(length, out) if length and not of_columns else None
+    if of_columns:                                              # LyCORIS' other DoRA rescales columns: a full change
+        old = weight.float().cpu()
+        new = old + (up @ down.flatten(1)).view_as(old)
+        lengths = new.transpose(0, 1).flatten(1).norm(dim=1).clamp_min(1e-38)       # [in]
+        scale = (take(length, width) / lengths).view(-1, *[1] * len(kernel))
+        up, down = _dense((new * scale - old).flatten(1), kernel)
+    if unread:
+        raise file.error(f"{parts[min(unread)]} does not fit the other keys of its layer; save the LoRA again")
+    return LoRALayer(down.contiguous(), up.contiguous(), dora_scale)
+
+
+def _dense(delta: Tensor, kernel: list[int]) -> tuple[Tensor, Tensor]:
+    """(up, down) of a full change [out, in * kh * kw]: it is one of the two factors, the identity is the other."""
+    out, width = delta.shape[0], delta.shape[1] // math.prod(kernel)
+    if math.prod(kernel) == 1 and width < out:
+        return delta, torch.eye(width).view(width, width, *kernel)
+    return torch.eye(out), delta.view(out, width, *kernel)

@@ -95,4 +95,4 @@ def test_the_command_without_arguments_twice(tmp_path):
         picture = np.asarray(image)
     assert picture.shape == (128, 128, 3)
     seen = judge.load_judge().look(picture[None])[0]
-    assert {("ball", "zib"), ("star", "tam")} <= {(one.kind, one.look) for one in seen}
+    assert {"ball", "ring"} <= {one.kind for one in seen}
