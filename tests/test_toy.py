@@ -70,9 +70,11 @@ def test_every_lora_loads_and_matters(name, model):
     attach(model.unet, [lora])
     merged = merged_weights(model.text.model, [(lora, 1.0)]) if lora.text_encoder else None
     z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    kind = next((instance.kind for instance in renderer.INSTANCES if instance.name == name), None)
+    prompt = f"a {name} {kind}" if kind else f"a ball, {name} style"
     with torch.no_grad():
-        plain = model.unet(z, 500, model.text.encode([f"a {name} ball"]))[0]
-        ours = model.unet(z, 500, model.text.encode([f"a {name} ball"], merged), torch.ones(1, 1))[0]
+        plain = model.unet(z, 500, model.text.encode([prompt]))[0]
+        ours = model.unet(z, 500, model.text.encode([prompt], merged), torch.ones(1, 1))[0]
     attach(model.unet, [])
     assert (ours - plain).norm() / plain.norm() > 0.05
 

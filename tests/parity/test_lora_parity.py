@@ -1,5 +1,6 @@
 """LoRA files as diffusers and PEFT write and apply them, against read_lora and attach, on a tiny random UNet."""
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -66,11 +67,13 @@ IDS = torch.randint(3, 50, (3, 9), generator=torch.Generator().manual_seed(5))
 
 
 def check(ours: UNet, lora: LoRA, theirs: nn.Module) -> None:
-    expected = theirs(*INPUTS).sample
+    """In float64 on both sides: with large adapters the rounding of float32 alone comes near the bound."""
+    latents, timestep, context = INPUTS[0].double(), INPUTS[1], INPUTS[2].double()
+    expected = theirs.double()(latents, timestep, context).sample
+    ours = copy.deepcopy(ours).double()
     attach(ours, [lora])
-    noise = ours(*INPUTS, torch.ones(2, 1))[0]
-    attach(ours, [])
-    assert relative(ours(*INPUTS)[0], expected) > 0.05          # the LoRA matters
+    noise = ours(latents, timestep, context, torch.ones(2, 1).double())[0]
+    assert relative(ours(latents, timestep, context)[0], expected) > 0.05       # the LoRA matters
     assert relative(noise, expected) < 1e-5
 
 
