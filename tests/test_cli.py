@@ -94,10 +94,12 @@ def test_the_panel(tmp_path):
         assert panel.height > 256 and panel.width > 5 * 256
 
 
-@pytest.mark.parametrize("k", [1, 3])
-def test_other_numbers_of_subjects(k, tmp_path):
-    loras = [word for name in ("cat", "dog", "bird")[:k] for word in ("--lora", CAT, f"{name}=sks {name}")]
-    assert run("--prompt", "a cat, a dog and a bird", *loras, out=tmp_path) == 0
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_other_numbers_of_subjects(k, tmp_path, capsys):
+    names = ("cat", "dog", "owl", "fox", "elk", "ape", "hen", "cow", "bee")
+    loras = [[word for name in names[:n] for word in ("--lora", CAT, f"{name}=sks {name}")] for n in (k, 9)]
+    assert run("--prompt", " ".join(names), *loras[0], out=tmp_path) == 0
+    assert "at most 8" in refused(capsys, tmp_path / "out", "--prompt", " ".join(names), *loras[1])
 
 
 def test_a_lora_without_text_encoder_weights(tmp_path):
