@@ -136,7 +136,7 @@ def object_crops(rng: np.random.Generator, count: int, side: int = 64) -> list[n
 
 
 def train_vae(args: argparse.Namespace) -> None:
-    vae = VAE(VAEConfig.from_dict(VAE_CONFIG)).to(args.device)
+    vae = load_vae(args.device).requires_grad_() if args.init else VAE(VAEConfig.from_dict(VAE_CONFIG)).to(args.device)
     run = Run("vae", {"vae": vae}, lr=1.5e-3, steps=4200, args=args)
     while run.step < run.steps:
         picture = to_tensor(object_crops(run.rng(), 16), args.device)                           # [16, 3, 64, 64]
@@ -332,8 +332,13 @@ def train_unet(args: argparse.Namespace) -> None:
     vae, alphas = load_vae(args.device), noise_schedule(args.device)
     scale = vae.config.scaling_factor
     tokenizer = load_tokenizer()
-    text = make_text_model(tokenizer).to(args.device)
-    unet = UNet(UNetConfig.from_dict(UNET_CONFIG)).to(args.device)
+    if args.init:
+        from weights import load_model
+        model = load_model(HERE, args.device)
+        text, unet = model.text.model.requires_grad_(), model.unet.requires_grad_()
+    else:
+        text = make_text_model(tokenizer).to(args.device)
+        unet = UNet(UNetConfig.from_dict(UNET_CONFIG)).to(args.device)
     cache = cached_scenes(vae, args.device)
     ids = tokenizer(cache["texts"], padding="max_length", max_length=77, return_tensors="pt").input_ids      # [S, 77]
     empty = tokenizer("", padding="max_length", max_length=77, return_tensors="pt").input_ids                # [1, 77]
@@ -532,6 +537,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=STAGES, required=True)
     parser.add_argument("--resume", action="store_true", help="continue from work/<stage>.pt")
+    parser.add_argument("--init", action="store_true", help="stages vae and unet: begin at the weights next to this file")
     parser.add_argument("--steps", type=int, help="train for fewer or more steps than the stage's own number")
     parser.add_argument("--only", nargs="+", choices=LORAS, help="stage lora: train these alone")
     parser.add_argument("--threads", type=int, help="CPU threads")
