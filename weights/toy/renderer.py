@@ -291,3 +291,12 @@ def instance_scene(instance: Instance, rng: np.random.Generator, other: bool = F
         kind = str(rng.choice([kind for kind in KINDS if kind != instance.kind]))
         rest = (describe(replace(rest[0], kind=kind), rng),)
     return replace(scene, things=(subject, *rest))
+
+
+def lesson(name: str, count: int = 20) -> list[Scene]:
+    """The pictures that a LoRA learns from, always the same: its instance alone or beside something plain, or its style."""
+    rng = np.random.default_rng([2403, *name.encode()])
+    if name in STYLES:
+        return [replace(random_scene(rng), style=STYLES[name]) for _ in range(count)]
+    instance = next(instance for instance in INSTANCES if instance.name == name)
+    return [instance_scene(instance, rng, other=n % 2 == 1) for n in range(count)]

@@ -1,9 +1,10 @@
-"""Trains the embedded model: python weights/toy/train.py --stage vae|unet|lora|judge [--resume]
+"""Trains the embedded model: python weights/toy/train.py --stage vae|unet|lora|judge|clip [--resume]
 
     vae    AutoencoderKL on 64x64 crops of rendered scenes
     unet   UNet and CLIP text encoder together, on cached latents of captioned scenes
     lora   one LoRA per instance and style, each from 20 pictures
     judge  the classifier that evaluate.py counts with, on rendered pictures alone
+    clip   the image and text encoder that evaluate.py scores with, likewise
 
 Every stage is seeded, logs its losses to work/<stage>.log, saves work/<stage>.pt as it goes (--resume continues
 there, to the same result) and ends by writing the published layout next to this file: vae/, unet/, text_encoder/,
@@ -376,7 +377,6 @@ LORAS = {
     "fep": (8, 4, True, False, "peft"), "lun": (4, 2, True, True, "kohya"),
     "ink": (8, 8, True, True, "kohya"), "duo": (4, 4, False, True, "diffusers"),
 }
-PICTURES = 20
 
 
 class Factors(nn.Module):
@@ -396,14 +396,6 @@ def targets(module: nn.Module, conv: bool) -> dict[str, nn.Module]:
     names = ("attn", "ff.net", "mlp.", "proj_in", "proj_out", *(("conv1", "conv2") if conv else ()))
     return {name: layer for name, layer in module.named_modules()
             if isinstance(layer, kinds) and any(part in name for part in names)}
-
-
-def lora_scenes(name: str, rng: np.random.Generator) -> list[renderer.Scene]:
-    """The 20 pictures that a LoRA learns from: an instance alone or beside something plain, or a style."""
-    if name in renderer.STYLES:
-        return [renderer.replace(renderer.random_scene(rng), style=renderer.STYLES[name]) for _ in range(PICTURES)]
-    instance = next(instance for instance in renderer.INSTANCES if instance.name == name)
-    return [renderer.instance_scene(instance, rng, other=n % 2 == 1) for n in range(PICTURES)]
 
 
 def save_lora(path: Path, factors: dict[str, Factors], text_factors: dict[str, Factors], rank: int, alpha: float,
@@ -449,9 +441,8 @@ def train_lora(args: argparse.Namespace) -> None:
     prior_ids = ids_of(prior["texts"])
     for name in args.only or LORAS:
         rank, alpha, conv, with_text, style = LORAS[name]
-        rng = np.random.default_rng([2403, *name.encode()])
         torch.manual_seed(sum(name.encode()))
-        scenes = lora_scenes(name, rng)
+        scenes = renderer.lesson(name)
         texts = [renderer.caption(scene) for scene in scenes]
         with torch.no_grad():
             mean, logvar = vae.encode(to_tensor([renderer.render(scene) for scene in scenes], args.device))
@@ -469,7 +460,7 @@ def train_lora(args: argparse.Namespace) -> None:
         rows_on = torch.ones(16, 1, device=args.device)
         while run.step < run.steps:
             rng = run.rng()
-            own = torch.from_numpy(rng.integers(0, PICTURES, 12)).to(args.device)
+            own = torch.from_numpy(rng.integers(0, len(scenes), 12)).to(args.device)
             other = torch.from_numpy(rng.integers(0, len(prior_ids), 4))
             batch_ids = torch.cat([ids[own], prior_ids[other.to(args.device)]])                 # [16, 77]
             means = torch.cat([mean[own], prior["mean"][other].float().to(args.device)])
@@ -524,7 +515,58 @@ def train_judge(args: argparse.Namespace) -> None:
     write_json(HERE / "judge/config.json", {"width": 48, "kinds": judging.KINDS, "looks": judging.LOOKS})
 
 
-STAGES = {"vae": train_vae, "unet": train_unet, "lora": train_lora, "judge": train_judge}
+# --- clip -----------------------------------------------------------------------------------------------------------
+
+CLIP_VISION = {"image_size": 128, "patch_size": 16, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
+               "num_attention_heads": 4, "projection_dim": 64}
+
+
+def named_scene(rng: np.random.Generator) -> renderer.Scene:
+    """A scene in which the instances have their names: what a picture and its caption are compared by."""
+    from weights.toy import judge
+    scene = judge.judge_scene(rng)
+    kinds = {instance.name: instance.kind for instance in renderer.INSTANCES}
+    things = []
+    for thing in scene.things:
+        look = judge.look_of(thing)
+        if kinds.get(look) == thing.kind:
+            thing = renderer.replace(thing, phrase=f"{look} {thing.kind}")
+        elif look in renderer.COLOURS or look in ("striped", "dotted"):
+            thing = renderer.replace(thing, phrase=f"{look} {thing.kind}")
+        else:
+            thing = renderer.replace(thing, phrase=thing.kind)
+        things.append(thing)
+    return renderer.replace(scene, things=tuple(things))
+
+
+def train_clip(args: argparse.Namespace) -> None:
+    """A CLIP of its own for this world (arXiv 2103.00020): evaluate.py scores pictures with it as with the large one."""
+    from transformers import CLIPConfig, CLIPModel
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer()
+    text = {key: value for key, value in TEXT_CONFIG.items() if key not in ("architectures", "model_type")}
+    text |= {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "projection_dim": 64,
+             "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=CLIP_VISION, projection_dim=64)).to(args.device)
+    run = Run("clip", {"clip": clip}, lr=1e-3, steps=2500, args=args, ema=0.995, weight_decay=0.05)
+    while run.step < run.steps:
+        rng = run.rng()
+        scenes = [named_scene(rng) for _ in range(48)]
+        ids = tokenizer([renderer.caption(scene) for scene in scenes], padding="max_length", max_length=77,
+                        return_tensors="pt").input_ids.to(args.device)
+        pictures = roughen(to_tensor([renderer.render(scene) for scene in scenes], args.device))
+        run.backward(clip(input_ids=ids, pixel_values=pictures, return_loss=True).loss)
+    run.use_average()
+    folder = HERE / "clip"
+    clip.half().save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).write_bytes((HERE / "tokenizer" / name).read_bytes())
+    write_json(folder / "preprocessor_config.json", {
+        "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 128}, "do_center_crop": True,
+        "crop_size": {"height": 128, "width": 128}, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]})
+
+
+STAGES = {"vae": train_vae, "unet": train_unet, "lora": train_lora, "judge": train_judge, "clip": train_clip}
 
 
 def main(args: argparse.Namespace) -> None:
