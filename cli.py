@@ -74,6 +74,7 @@ def make_parser() -> Parser:
     add("--trace", metavar="FILE.safetensors", help="write every step's maps, masks, losses and latents")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", choices=DTYPES, help="default: float16 on CUDA, float32 on the CPU")
+    add("--low-memory", action="store_true", help="one variant after the other: slower, for cards with little memory")
     add("--quiet", action="store_true", help="no progress bar")
 
     group = parser.add_argument_group("the recipe", "every choice of the method: the recipe sets all, a flag changes one")
@@ -153,11 +154,11 @@ def settings_of(args: argparse.Namespace, recipe: Recipe, model: Model, subjects
 
 
 def draw(model: Model, plan: clora.Plan, recipe: Recipe, noise: torch.Tensor, seed: int, label: str, quiet: bool,
-         keep: bool = False) -> tuple[torch.Tensor, list[Step]]:
+         keep: bool = False, low_memory: bool = False) -> tuple[torch.Tensor, list[Step]]:
     """Runs the loop under a progress bar -> (latents, the steps: all of them if `keep`, else the last)."""
     steps: list[Step] = []
     with tqdm(total=recipe.steps, desc=label, disable=quiet, leave=True) as bar:
-        for step in clora.compose(model, plan, recipe, noise, torch.Generator().manual_seed(seed)):
+        for step in clora.compose(model, plan, recipe, noise, torch.Generator().manual_seed(seed), low_memory):
             steps = [*steps, step] if keep else [step]
             bar.update(min(1, bar.total - bar.n))
             if step.losses and not quiet:
@@ -210,7 +211,7 @@ def run(args: argparse.Namespace) -> None:
         settings = settings_of(args, recipe, model, subjects, style, seed, size)
         noise = clora.initial_noise(model, *size, seed)
         latents, steps = draw(model, plan, recipe, noise, seed, f"{args.method}, seed {seed}", args.quiet,
-                              keep=panel or trace is not None)
+                              panel or trace is not None, args.low_memory)
         picture = clora.decode(model, latents)[0].numpy()
         path = out / f"{args.method}-{seed}.png"
         report.save_picture(path, picture, settings)
@@ -219,7 +220,8 @@ def run(args: argparse.Namespace) -> None:
             report.save_trace(trace if len(seeds) == 1 else trace.with_stem(f"{trace.stem}-{seed}"), steps)
         if panel:
             merge = clora.make_plan(model, args.prompt, subjects, style, args.negative, "merge", recipe)
-            latents, _ = draw(model, merge, recipe, noise, seed, f"merge, seed {seed}", args.quiet)
+            latents, _ = draw(model, merge, recipe, noise, seed, f"merge, seed {seed}", args.quiet,
+                              low_memory=args.low_memory)
             merged = clora.decode(model, latents)[0].numpy()
             clora.make_plan(model, args.prompt, subjects, style, args.negative, args.method, recipe)
             names = [subject.trigger for subject in subjects]
@@ -235,11 +237,11 @@ def main(argv: list[str] | None = None) -> int:
         run(args)
         return 0
     except (torch.OutOfMemoryError, MemoryError):
-        message = "out of memory: lower --height and --width, or use --dtype float16"
+        message = "out of memory: use --low-memory, lower --height and --width, or use --dtype float16"
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise
-        message = "out of memory: lower --height and --width, or use --dtype bfloat16"
+        message = "out of memory: use --low-memory, lower --height and --width, or use --dtype bfloat16"
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
     except KeyboardInterrupt:

@@ -273,20 +273,42 @@ class Step:
     updates: list[Tensor] = field(default_factory=list)     # latents [1, 4, h, w] after each update
 
 
-def contrast(unet: UNet, latents: Tensor, timestep: int, plan: Plan, layers: tuple[str, ...], recipe: Recipe
-             ) -> tuple[Tensor, Tensor]:
-    """The loss of the maps at these latents and its gradient with respect to them: (scalar, [1, 4, h, w])."""
-    rows = slice(None) if recipe.maps_from == "both" else slice(len(plan.prompts), None)
-    context, adapters = plan.context[rows], plan.adapters[rows]
+def contrast(unet: UNet, latents: Tensor, timestep: int, plan: Plan, layers: tuple[str, ...], recipe: Recipe,
+             low_memory: bool = False) -> tuple[Tensor, Tensor]:
+    """The loss of the maps at these latents and its gradient with respect to them: (scalar, [1, 4, h, w]).
+
+    The variants meet in the loss alone. So with `low_memory` the maps are made without a graph, the loss is
+    differentiated with respect to them, and that is pushed back through one variant at a time: equal to rounding.
+    """
+    variants = len(plan.prompts)
     # half precision cannot hold the gradient's smallest entries: scale the loss up and the gradient down again
     scale = 4096.0 if latents.dtype == torch.float16 else 1.0
-    with torch.enable_grad():
-        z = latents.detach().requires_grad_()
-        _, probs = unet(z.expand(len(context), -1, -1, -1), timestep, context, adapters, layers, stop_after_maps=True)
-        maps = read_maps(probs, layers, z.shape[2:], len(plan.prompts))             # [V, m, n, T]
+    z = latents.detach().requires_grad_()
+
+    def maps_of(chosen: Sequence[int]) -> Tensor:
+        rows = [*chosen] if recipe.maps_from == "both" else []
+        rows += [v + variants for v in chosen]
+        _, probs = unet(z.expand(len(rows), -1, -1, -1), timestep, plan.context[rows], plan.adapters[rows], layers,
+                        stop_after_maps=True, checkpointing=low_memory and torch.is_grad_enabled())
+        return read_maps(probs, layers, z.shape[2:], len(chosen))                   # [chosen, m, n, T]
+
+    def loss_of(maps: Tensor) -> Tensor:
         groups = [torch.stack([maps[v, :, :, token] for v, token in concept]) for concept in plan.concepts]
-        loss = info_nce_loss([rescale(group) for group in groups] if recipe.rescale_maps else groups, recipe.temperature)
-        gradient, = torch.autograd.grad(loss * scale, z)
+        return info_nce_loss([rescale(group) for group in groups] if recipe.rescale_maps else groups, recipe.temperature)
+
+    with torch.enable_grad():
+        if not low_memory:
+            loss = loss_of(maps_of(range(variants)))
+            gradient, = torch.autograd.grad(loss * scale, z)
+        else:
+            with torch.no_grad():
+                maps = torch.cat([maps_of([v]) for v in range(variants)])           # [V, m, n, T]
+            maps.requires_grad_()
+            loss = loss_of(maps)
+            upstream, = torch.autograd.grad(loss * scale, maps)
+            gradient = torch.zeros_like(z)
+            for v in range(variants):
+                gradient += torch.autograd.grad(maps_of([v]), z, upstream[v:v + 1])[0]
     return loss.detach(), gradient.to(loss.dtype) / scale
 
 
@@ -301,10 +323,11 @@ def read_maps(probs: dict[str, Tensor], layers: tuple[str, ...], size: Sequence[
 
 
 @torch.no_grad()
-def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator: torch.Generator | None = None
-            ) -> Iterator[Step]:
+def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator: torch.Generator | None = None,
+            low_memory: bool = False) -> Iterator[Step]:
     """Denoises initial noise [1, 4, h, w] and yields every step; the last one's latents are the picture's.
 
+    `low_memory` runs one variant after the other, for the same result to rounding.
     ValueError: steps that the scheduler cannot do, latents that became NaN (the step is named).
     """
     scheduler = make_scheduler(model.scheduler_config, recipe.steps, recipe.scheduler, eta=recipe.eta)
@@ -319,7 +342,7 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
         if plan.concepts and i <= recipe.update_until:
             for _ in range(1 + (recipe.refine_steps if i in recipe.refine_at else 0)):
                 before = z
-                loss, gradient = contrast(unet, z, t, plan, layers, recipe)
+                loss, gradient = contrast(unet, z, t, plan, layers, recipe, low_memory)
                 z = update_latents(z, gradient, recipe.alpha)
                 losses.append(loss)
                 updates.append(z)
@@ -328,7 +351,10 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
         at = z if recipe.noise_from == "after" else before
         rows = [i // recipe.switch_every % variants] if plan.in_turn else list(range(variants))
         rows += [row + half for row in rows]
-        noise, probs = unet(at.expand(len(rows), -1, -1, -1), t, plan.context[rows], plan.adapters[rows], layers)
+        parts = [unet(at.expand(len(part), -1, -1, -1), t, plan.context[part], plan.adapters[part], layers)
+                 for part in ([[row] for row in rows] if low_memory else [rows])]
+        noise = torch.cat([noise for noise, _ in parts])
+        probs = {name: torch.cat([maps[name] for _, maps in parts]) for name in layers}
         uncond, cond = noise.chunk(2)                                               # [V, 4, h, w] each
 
         # one mask per variant, then the blend (section 3.3)

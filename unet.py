@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from attention import Transformer2DModel
 from lora import LoRAConv2d, LoRALinear
@@ -201,21 +202,25 @@ class UNet(nn.Module):
                      for n in range(len(self.get_submodule(name).attentions)))      # type: ignore[arg-type]
 
     def forward(self, latents: Tensor, timestep: Tensor | int, context: Tensor, adapters: Tensor | None = None,
-                maps_at: tuple[str, ...] = (), stop_after_maps: bool = False
+                maps_at: tuple[str, ...] = (), stop_after_maps: bool = False, checkpointing: bool = False
                 ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Predicts the noise, and returns the cross-attention maps of the layers named in `maps_at`.
 
         latents [B, 4, h, w], timestep int or [B], context [B, T, D], adapters [B, A] strengths or None ->
         (noise [B, 4, h, w], {layer name: probs [B, H, N, T] in float32, N = h' * w' of that layer}).
-        With `stop_after_maps` nothing after the last wanted map is computed and the noise is None.
+        With `stop_after_maps` nothing after the last wanted map is computed and the noise is None. With `checkpointing`
+        a backward pass computes every layer again instead of keeping what it needs (arXiv 1604.06174).
         Raises ValueError for a name in `maps_at` that is no cross-attention layer.
         """
         maps: dict[str, Tensor] = {}
 
+        def call(module: nn.Module, *inputs):
+            return checkpoint(module, *inputs, use_reentrant=False) if checkpointing else module(*inputs)
+
         def attend(name: str, attention: nn.Module, x: Tensor) -> Tensor:
             wanted = name in maps_at
             only_map = stop_after_maps and wanted and len(maps) == len(maps_at) - 1
-            x, probs = attention(x, context, adapters, wanted, only_map)
+            x, probs = call(attention, x, context, adapters, wanted, only_map)
             if wanted:
                 maps[name] = probs
             return x
@@ -233,7 +238,7 @@ class UNet(nn.Module):
         skips = [x]
         for level, block in enumerate(self.down_blocks):
             for n, resnet in enumerate(block.resnets):
-                x = resnet(x, embed, adapters)                                                  # [B, C, h, w]
+                x = call(resnet, x, embed, adapters)                                            # [B, C, h, w]
                 if block.attentions:
                     x = attend(f"down_blocks.{level}.attentions.{n}", block.attentions[n], x)
                     if finished():
@@ -244,16 +249,16 @@ class UNet(nn.Module):
                 skips.append(x)
 
         # 3. middle
-        x = self.mid_block.resnets[0](x, embed, adapters)
+        x = call(self.mid_block.resnets[0], x, embed, adapters)
         x = attend("mid_block.attentions.0", self.mid_block.attentions[0], x)
         if finished():
             return None, maps
-        x = self.mid_block.resnets[1](x, embed, adapters)
+        x = call(self.mid_block.resnets[1], x, embed, adapters)
 
         # 4. up
         for level, block in enumerate(self.up_blocks):
             for n, resnet in enumerate(block.resnets):
-                x = resnet(torch.cat([x, skips.pop()], dim=1), embed, adapters)
+                x = call(resnet, torch.cat([x, skips.pop()], dim=1), embed, adapters)
                 if block.attentions:
                     x = attend(f"up_blocks.{level}.attentions.{n}", block.attentions[n], x)
                     if finished():

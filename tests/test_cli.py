@@ -88,6 +88,15 @@ def test_trace(tmp_path):
     assert tensors["loss"].shape == (4,) and tensors["updated_latents"].shape == (4, 4, 8, 12)
 
 
+def test_low_memory_gives_the_same_picture(tmp_path):
+    assert run(*TWO, out=tmp_path / "a") == 0 and run(*TWO, "--low-memory", out=tmp_path / "b") == 0
+    pictures = []
+    for name in "ab":
+        with Image.open(tmp_path / name / "clora-0.png") as image:
+            pictures.append(np.asarray(image).astype(int))
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
 def test_the_panel(tmp_path):
     assert run(*TWO, "--panel", out=tmp_path) == 0
     with Image.open(tmp_path / "clora-0-panel.png") as panel:

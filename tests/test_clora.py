@@ -211,3 +211,14 @@ def test_maps_are_not_transposed_for_wide_pictures():
     ("category of cat", "cat", r"\1", r"category of \1"), ("a cat-dog", "dog", "d", "a cat-d")])
 def test_swapping_a_word(prompt, word, trigger, expected):
     assert clora.swap_word(prompt, word, trigger) == expected
+
+
+@pytest.mark.parametrize("name", ["paper", "release"])
+def test_low_memory_gives_the_same_gradient(name):
+    torch.manual_seed(0)
+    unet, plan, recipe = UNet(TINY).double().eval().requires_grad_(False), tiny_plan(4), RECIPES[name]
+    layers, z = unet.map_layers(1), torch.randn(1, 4, 6, 8, dtype=torch.float64)
+    loss, gradient = clora.contrast(unet, z, 500, plan, layers, recipe)
+    again, same = clora.contrast(unet, z, 500, plan, layers, recipe, low_memory=True)
+    assert loss.item() == pytest.approx(again.item(), rel=1e-12)
+    assert ((gradient - same).norm() / gradient.norm()).item() < 1e-12
