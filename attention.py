@@ -8,11 +8,28 @@ Shapes: B rows, N image tokens (h * w), T text tokens (77), C channels, D text w
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora import LoRAConv2d, LoRALinear
+
+
+@dataclass(frozen=True)
+class TextKeys:
+    """Keys and values of R rows of text in every cross-attention layer: they do not change from step to step.
+
+    Made by UNet.text_keys and passed to the UNet in place of `context`.
+    """
+
+    layers: dict[str, list[tuple[Tensor, Tensor]]]      # layer name: for each of its blocks, key and value [R, T, C]
+
+    def __getitem__(self, rows: Tensor) -> TextKeys:
+        """The rows of an index [B], in its order."""
+        return TextKeys({name: [(key[rows], value[rows]) for key, value in blocks]
+                         for name, blocks in self.layers.items()})
 
 
 def attention_probs(query: Tensor, key: Tensor) -> Tensor:
@@ -33,19 +50,21 @@ class Attention(nn.Module):
         # A list because the checkpoint says to_out.0; its entry 1 was a dropout without weights.
         self.to_out = nn.ModuleList([LoRALinear(channels, channels)])
 
-    def forward(self, x: Tensor, context: Tensor | None = None, adapters: Tensor | None = None,
-                want_map: bool = False, only_map: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x [B, N, C], context [B, T, D] -> (out [B, N, C], probs [B, H, N, T] or None)."""
-        context = x if context is None else context
+    def project(self, context: Tensor, adapters: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[B, T, D] -> key and value [B, T, C]."""
+        return self.to_k(context, adapters), self.to_v(context, adapters)
 
+    def forward(self, x: Tensor, text: tuple[Tensor, Tensor] | None = None, adapters: Tensor | None = None,
+                want_map: bool = False, only_map: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x [B, N, C], text: key and value [B, T, C] -> (out [B, N, C], probs [B, H, N, T] or None)."""
         def split(y: Tensor) -> Tensor:                                             # [B, *, C] -> [B, H, *, d]
             return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-        query, key = split(self.to_q(x, adapters)), split(self.to_k(context, adapters))
+        query = split(self.to_q(x, adapters))                                       # [B, H, N, d]
+        key, value = map(split, self.project(x, adapters) if text is None else text)    # [B, H, T, d] each
         probs = attention_probs(query, key) if want_map else None                   # [B, H, N, T]
         if only_map:
             return x, probs
-        value = split(self.to_v(context, adapters))                                 # [B, H, T, d]
         if probs is None:
             out = F.scaled_dot_product_attention(query, key, value)
         else:
@@ -88,11 +107,11 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, context: Tensor, adapters: Tensor | None = None,
+    def forward(self, x: Tensor, text: tuple[Tensor, Tensor], adapters: Tensor | None = None,
                 want_map: bool = False, only_map: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x [B, N, C], context [B, T, D] -> (x [B, N, C], cross-attention probs [B, H, N, T] or None)."""
+        """x [B, N, C], text: key and value [B, T, C] -> (x [B, N, C], cross-attention probs [B, H, N, T] or None)."""
         x = x + self.attn1(self.norm1(x), None, adapters)[0]
-        out, probs = self.attn2(self.norm2(x), context, adapters, want_map, only_map)
+        out, probs = self.attn2(self.norm2(x), text, adapters, want_map, only_map)
         if only_map:
             return x, probs
         x = x + out
@@ -110,17 +129,21 @@ class Transformer2DModel(nn.Module):
             [BasicTransformerBlock(channels, context_dim, heads) for _ in range(depth)])
         self.proj_out = LoRAConv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor, adapters: Tensor | None = None,
+    def text_keys(self, context: Tensor, adapters: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+        """[B, T, D] -> for each block, key and value [B, T, C] of its cross-attention."""
+        return [block.attn2.project(context, adapters) for block in self.transformer_blocks]
+
+    def forward(self, x: Tensor, text: list[tuple[Tensor, Tensor]], adapters: Tensor | None = None,
                 want_map: bool = False, only_map: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x [B, C, h, w], context [B, T, D] -> (x [B, C, h, w], probs of the last block [B, H, h*w, T] or None).
+        """x [B, C, h, w], text: of text_keys -> (x [B, C, h, w], probs of the last block [B, H, h*w, T] or None).
 
         `only_map` stops as soon as the map exists: what comes back as x is then not an output.
         """
         probs = None
         tokens = self.proj_in(self.norm(x), adapters).flatten(2).transpose(1, 2)    # [B, N, C]
-        for block in self.transformer_blocks:
+        for block, keys in zip(self.transformer_blocks, text):
             last = block is self.transformer_blocks[-1]
-            tokens, probs = block(tokens, context, adapters, want_map and last, only_map and last)
+            tokens, probs = block(tokens, keys, adapters, want_map and last, only_map and last)
         if only_map:
             return x, probs
         out = tokens.transpose(1, 2).unflatten(2, x.shape[2:])                      # [B, C, h, w]

@@ -10,6 +10,7 @@ import re
 import shlex
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -74,6 +75,7 @@ def make_parser() -> Parser:
     add("--trace", metavar="FILE.safetensors", help="write every step's maps, masks, losses and latents")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", choices=DTYPES, help="default: float16 on CUDA, float32 on the CPU")
+    add("--batch", type=int, default=1, metavar="N", help="how many seeds to draw at once (default: 1)")
     add("--low-memory", action="store_true", help="one variant after the other: slower, for cards with little memory")
     add("--quiet", action="store_true", help="no progress bar")
 
@@ -153,17 +155,18 @@ def settings_of(args: argparse.Namespace, recipe: Recipe, model: Model, subjects
             "command": shlex.join(["python", "clora.py", *words])}
 
 
-def draw(model: Model, plan: clora.Plan, recipe: Recipe, noise: torch.Tensor, seed: int, label: str, quiet: bool,
-         keep: bool = False, low_memory: bool = False) -> tuple[torch.Tensor, list[Step]]:
-    """Runs the loop under a progress bar -> (latents, the steps: all of them if `keep`, else the last)."""
+def draw(model: Model, plan: clora.Plan, recipe: Recipe, noise: torch.Tensor, seeds: Sequence[int], label: str,
+         args: argparse.Namespace, keep: bool = False) -> list[Step]:
+    """Runs the loop under a progress bar -> the steps: all of them if `keep`, else the last."""
     steps: list[Step] = []
-    with tqdm(total=recipe.steps, desc=label, disable=quiet, leave=True) as bar:
-        for step in clora.compose(model, plan, recipe, noise, torch.Generator().manual_seed(seed), low_memory):
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    with tqdm(total=recipe.steps, desc=label, disable=args.quiet, leave=True) as bar:
+        for step in clora.compose(model, plan, recipe, noise, generators, args.low_memory):
             steps = [*steps, step] if keep else [step]
             bar.update(min(1, bar.total - bar.n))
-            if step.losses and not quiet:
-                bar.set_postfix(loss=f"{step.losses[-1].item():.3f}")
-    return steps[-1].latents, steps
+            if step.losses and not args.quiet:
+                bar.set_postfix(loss=f"{step.losses[-1].mean().item():.3f}")
+    return steps
 
 
 def run(args: argparse.Namespace) -> None:
@@ -179,6 +182,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--seeds names no seed")
     if any(not -2**63 <= seed < 2**64 for seed in seeds):
         raise ValueError(f"a seed must fit in 64 bits; {max(seeds, key=abs)} does not")
+    if args.batch < 1:
+        raise ValueError(f"--batch is {args.batch}; it must be at least 1")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", args.device):
         raise ValueError(f"--device {args.device} is not known; use cpu or cuda")
@@ -207,27 +212,31 @@ def run(args: argparse.Namespace) -> None:
             print(f'clora: warning: CLIP reads 77 tokens; this was cut off: "{cut}"', file=sys.stderr)
 
     panel = (demo if args.panel is None else args.panel) and bool(plan.concepts)
-    for seed in seeds:
-        settings = settings_of(args, recipe, model, subjects, style, seed, size)
-        noise = clora.initial_noise(model, *size, seed)
-        latents, steps = draw(model, plan, recipe, noise, seed, f"{args.method}, seed {seed}", args.quiet,
-                              panel or trace is not None, args.low_memory)
-        picture = clora.decode(model, latents)[0].numpy()
-        path = out / f"{args.method}-{seed}.png"
-        report.save_picture(path, picture, settings)
-        print(path)
-        if trace is not None:
-            report.save_trace(trace if len(seeds) == 1 else trace.with_stem(f"{trace.stem}-{seed}"), steps)
+    for start in range(0, len(seeds), args.batch):
+        chunk = seeds[start:start + args.batch]
+        noise = torch.cat([clora.initial_noise(model, *size, seed) for seed in chunk])      # [B, 4, h, w]
+        label = f"{args.method}, seed {', '.join(map(str, chunk))}"
+        steps = draw(model, plan, recipe, noise, chunk, label, args, panel or trace is not None)
         if panel:
             merge = clora.make_plan(model, args.prompt, subjects, style, args.negative, "merge", recipe)
-            latents, _ = draw(model, merge, recipe, noise, seed, f"merge, seed {seed}", args.quiet,
-                              low_memory=args.low_memory)
-            merged = clora.decode(model, latents)[0].numpy()
+            merged = draw(model, merge, recipe, noise, chunk, label.replace(args.method, "merge", 1), args)[-1].latents
             clora.make_plan(model, args.prompt, subjects, style, args.negative, args.method, recipe)
-            names = [subject.trigger for subject in subjects]
-            path = out / f"{args.method}-{seed}-panel.png"
-            report.save_picture(path, report.panel(picture, merged, steps[len(steps) // 2], plan.words, names), settings)
+        for b, seed in enumerate(chunk):
+            settings = settings_of(args, recipe, model, subjects, style, seed, size)
+            picture = clora.decode(model, steps[-1].latents[b:b + 1])[0].numpy()
+            path = out / f"{args.method}-{seed}.png"
+            report.save_picture(path, picture, settings)
             print(path)
+            if trace is not None:
+                report.save_trace(trace if len(seeds) == 1 else trace.with_stem(f"{trace.stem}-{seed}"),
+                                  [step.picture(b) for step in steps])
+            if panel:
+                other = clora.decode(model, merged[b:b + 1])[0].numpy()
+                names = [subject.trigger for subject in subjects]
+                path = out / f"{args.method}-{seed}-panel.png"
+                sheet = report.panel(picture, other, steps[len(steps) // 2].picture(b), plan.words, names)
+                report.save_picture(path, sheet, settings)
+                print(path)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,22 +11,24 @@ its prompt subject k is replaced by the LoRA's trigger. Every step
     5. mixes the variants' noise predictions under the masks           blend            section 3.3
 then does what every sampler does: guidance, one scheduler step.
 
-Shapes: V variants, K LoRA subjects, A adapters, h x w latent pixels, m x n map pixels (h/4 x w/4 in SD 1.5), T = 77 tokens.
+Shapes: B pictures (seeds), V variants, K LoRA subjects, A adapters, h x w latent pixels, m x n map pixels (h/4 x w/4 in
+SD 1.5), T = 77 tokens. In a batch for the UNet, the rows of a picture stand together.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import lora as lora_module
+from attention import TextKeys
 from lora import LoRA
-from scheduler import make_scheduler
+from scheduler import Generators, make_scheduler
 from unet import UNet
 from weights import Model
 
@@ -72,8 +74,8 @@ RECIPES = {
 # --- the method -----------------------------------------------------------------------------------------------------
 
 def attention_maps(probs: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-    """Mean over layers and heads of cross-attention probabilities, each [V, H, m*n, T] -> [V, m, n, T] (section 3.1)."""
-    return torch.stack([layer.mean(dim=1) for layer in probs]).mean(dim=0).unflatten(1, size)
+    """Mean over layers and heads of cross-attention probabilities, each [..., H, m*n, T] -> [..., m, n, T] (section 3.1)."""
+    return torch.stack([layer.mean(dim=-3) for layer in probs]).mean(dim=0).unflatten(-2, size)
 
 
 def info_nce_loss(groups: Sequence[Tensor], temperature: float = 0.5) -> Tensor:
@@ -135,7 +137,7 @@ def morphology(mask: Tensor, recipe: Recipe) -> Tensor:
     return x[0, 0] > 0.5
 
 
-def variant_masks(maps: Tensor, words: Sequence[tuple[int, ...]], size: tuple[int, int], recipe: Recipe) -> Tensor:
+def variant_masks(maps: Tensor, words: Sequence[tuple[int, ...]], size: Sequence[int], recipe: Recipe) -> Tensor:
     """maps [V, m, n, T] -> float [V, h, w] of 0 and 1; the base variant has what no subject claims (section 3.3).
 
     words: for each subject k, the tokens of its trigger in the prompt of variant k + 1.
@@ -143,18 +145,18 @@ def variant_masks(maps: Tensor, words: Sequence[tuple[int, ...]], size: tuple[in
     masks = torch.stack([
         morphology(concept_mask(maps[k + 1, :, :, list(tokens)].movedim(-1, 0), recipe.threshold, recipe.mask_ties), recipe)
         for k, tokens in enumerate(words)])                                         # [K, m, n]
-    masks = F.interpolate(masks[None].float(), size=size, mode="nearest")[0]        # [K, h, w]
+    masks = F.interpolate(masks[None].float(), size=tuple(size), mode="nearest")[0]        # [K, h, w]
     return torch.cat([1 - masks.amax(dim=0, keepdim=True), masks])
 
 
 def blend(noise: Tensor, masks: Tensor) -> Tensor:
-    """eps = sum_v M_v eps_v / sum_v M_v: noise [V, C, h, w], masks [V, h, w] -> [1, C, h, w] (section 3.3)."""
-    masks = masks[:, None].to(noise.dtype)                                          # [V, 1, h, w]
-    return (masks * noise).sum(dim=0, keepdim=True) / masks.sum(dim=0, keepdim=True)
+    """eps = sum_v M_v eps_v / sum_v M_v: noise [B, V, C, h, w], masks [B, V, h, w] -> [B, C, h, w] (section 3.3)."""
+    masks = masks[:, :, None].to(noise.dtype)                                       # [B, V, 1, h, w]
+    return (masks * noise).sum(dim=1) / masks.sum(dim=1)
 
 
 def guide(uncond: Tensor, cond: Tensor, recipe: Recipe) -> Tensor:
-    """Classifier-free guidance (arXiv 2207.12598), then the rescaling of arXiv 2305.08891: [1, C, h, w] each."""
+    """Classifier-free guidance (arXiv 2207.12598), then the rescaling of arXiv 2305.08891: [B, C, h, w] each."""
     noise = uncond + recipe.guidance * (cond - uncond)
     if recipe.guidance_rescale:
         axes = tuple(range(1, noise.dim()))
@@ -177,7 +179,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Plan:
-    """A prompt and its LoRAs, encoded. Rows of `context` and `adapters`: V unconditional, then V conditional."""
+    """A prompt and its LoRAs, encoded. Rows of all tensors: V unconditional, then V conditional."""
 
     prompts: tuple[str, ...]                            # [V]
     context: Tensor                                     # [2V, T, D]
@@ -185,6 +187,12 @@ class Plan:
     concepts: tuple[tuple[tuple[int, int], ...], ...] = ()      # per subject: (variant, token) of every map of its group
     words: tuple[tuple[int, ...], ...] = ()             # per subject: the tokens of its trigger in its own prompt
     in_turn: bool = False                               # method switch: the variants take turns
+    keys: TextKeys | None = None                        # 2V rows: the context, as the UNet's layers read it
+
+    def rows(self, rows: Sequence[int], pictures: int) -> tuple[TextKeys | Tensor, Tensor]:
+        """What the UNet is told in these rows, for each picture again: text and adapters [pictures * rows, A]."""
+        index = torch.tensor([*rows] * pictures, device=self.context.device)
+        return (self.context if self.keys is None else self.keys)[index], self.adapters[index]
 
 
 def swap_word(prompt: str, word: str, replacement: str) -> str:
@@ -230,13 +238,15 @@ def make_plan(model: Model, prompt: str, subjects: Sequence[Subject] = (), style
     rows = [encode(model, [negative, text], list(zip(loras, row)), recipe) for text, row in zip(prompts, strengths)]
     context = torch.stack(rows, dim=1).flatten(0, 1)                                # [2V, T, D]
     adapters = torch.tensor(strengths * 2, device=context.device, dtype=context.dtype).reshape(2 * len(prompts), -1)
+    keys = model.unet.text_keys(context, adapters)
     if method != "clora":
-        return Plan(tuple(prompts), context, adapters, in_turn=method == "switch")
+        return Plan(tuple(prompts), context, adapters, in_turn=method == "switch", keys=keys)
 
     def tokens(v: int, k: int) -> tuple[int, ...]:
         return model.text.find(prompts[v], subjects[k].trigger if v == k + 1 else subjects[k].word)
     concepts = tuple(tuple((v, token) for v in range(len(prompts)) for token in tokens(v, k)) for k in range(len(subjects)))
-    return Plan(tuple(prompts), context, adapters, concepts, tuple(tokens(k + 1, k) for k in range(len(subjects))))
+    words_of = tuple(tokens(k + 1, k) for k in range(len(subjects)))
+    return Plan(tuple(prompts), context, adapters, concepts, words_of, keys=keys)
 
 
 def encode(model: Model, texts: Sequence[str], loras: Sequence[tuple[LoRA, float]], recipe: Recipe) -> Tensor:
@@ -264,77 +274,102 @@ class Step:
 
     index: int
     timestep: int
-    latents: Tensor                     # [1, 4, h, w] after the step
-    x0: Tensor                          # [1, 4, h, w] the picture as estimated at this step, in latents
-    noise: Tensor                       # [1, 4, h, w] blended and guided prediction
-    maps: Tensor | None = None          # [V, m, n, T]
-    masks: Tensor | None = None         # [V, h, w]
-    losses: list[Tensor] = field(default_factory=list)      # one scalar per update
-    updates: list[Tensor] = field(default_factory=list)     # latents [1, 4, h, w] after each update
+    latents: Tensor                     # [B, 4, h, w] after the step
+    x0: Tensor                          # [B, 4, h, w] the pictures as estimated at this step, in latents
+    noise: Tensor                       # [B, 4, h, w] blended and guided prediction
+    maps: Tensor | None = None          # [B, V, m, n, T]
+    masks: Tensor | None = None         # [B, V, h, w]
+    losses: list[Tensor] = field(default_factory=list)      # [B] per update
+    updates: list[Tensor] = field(default_factory=list)     # latents [B, 4, h, w] after each update
+
+    def picture(self, b: int) -> Step:
+        """The state of picture b alone, as a batch of one."""
+        def one(value):
+            return [one(x) for x in value] if isinstance(value, list) else None if value is None else value[b:b + 1]
+        names = ("latents", "x0", "noise", "maps", "masks", "losses", "updates")
+        return replace(self, **{name: one(getattr(self, name)) for name in names})
 
 
 def contrast(unet: UNet, latents: Tensor, timestep: int, plan: Plan, layers: tuple[str, ...], recipe: Recipe,
              low_memory: bool = False) -> tuple[Tensor, Tensor]:
-    """The loss of the maps at these latents and its gradient with respect to them: (scalar, [1, 4, h, w]).
+    """The loss of the maps at latents [B, 4, h, w] and its gradient with respect to them: ([B], [B, 4, h, w]).
 
     The variants meet in the loss alone. So with `low_memory` the maps are made without a graph, the loss is
     differentiated with respect to them, and that is pushed back through one variant at a time: equal to rounding.
     """
-    variants = len(plan.prompts)
+    variants = range(len(plan.prompts))
     # half precision cannot hold the gradient's smallest entries: scale the loss up and the gradient down again
     scale = 4096.0 if latents.dtype == torch.float16 else 1.0
     z = latents.detach().requires_grad_()
 
     def maps_of(chosen: Sequence[int]) -> Tensor:
         rows = [*chosen] if recipe.maps_from == "both" else []
-        rows += [v + variants for v in chosen]
-        _, probs = unet(z.expand(len(rows), -1, -1, -1), timestep, plan.context[rows], plan.adapters[rows], layers,
-                        stop_after_maps=True, checkpointing=low_memory and torch.is_grad_enabled())
-        return read_maps(probs, layers, z.shape[2:], len(chosen))                   # [chosen, m, n, T]
+        rows += [v + len(variants) for v in chosen]
+        _, probs = predict(unet, z, timestep, plan, rows, layers, stop_after_maps=True,
+                           checkpointing=low_memory and torch.is_grad_enabled())
+        return read_maps(probs, z.shape[2:], len(chosen), recipe.maps_from)         # [B, chosen, m, n, T]
 
-    def loss_of(maps: Tensor) -> Tensor:
-        groups = [torch.stack([maps[v, :, :, token] for v, token in concept]) for concept in plan.concepts]
-        return info_nce_loss([rescale(group) for group in groups] if recipe.rescale_maps else groups, recipe.temperature)
+    def losses_of(maps: Tensor) -> Tensor:
+        losses = []
+        for one in maps:                                                            # [V, m, n, T]
+            groups = [torch.stack([one[v, :, :, token] for v, token in concept]) for concept in plan.concepts]
+            groups = [rescale(group) for group in groups] if recipe.rescale_maps else groups
+            losses.append(info_nce_loss(groups, recipe.temperature))
+        return torch.stack(losses)                                                  # [B]
 
+    # a picture's loss knows no other picture, so the gradient of the sum holds the gradient of each
     with torch.enable_grad():
         if not low_memory:
-            loss = loss_of(maps_of(range(variants)))
-            gradient, = torch.autograd.grad(loss * scale, z)
+            losses = losses_of(maps_of(variants))
+            gradient, = torch.autograd.grad(losses.sum() * scale, z)
         else:
             with torch.no_grad():
-                maps = torch.cat([maps_of([v]) for v in range(variants)])           # [V, m, n, T]
+                maps = torch.cat([maps_of([v]) for v in variants], dim=1)           # [B, V, m, n, T]
             maps.requires_grad_()
-            loss = loss_of(maps)
-            upstream, = torch.autograd.grad(loss * scale, maps)
+            losses = losses_of(maps)
+            upstream, = torch.autograd.grad(losses.sum() * scale, maps)
             gradient = torch.zeros_like(z)
-            for v in range(variants):
-                gradient += torch.autograd.grad(maps_of([v]), z, upstream[v:v + 1])[0]
-    return loss.detach(), gradient.to(loss.dtype) / scale
+            for v in variants:
+                gradient += torch.autograd.grad(maps_of([v]), z, upstream[:, v:v + 1])[0]
+    return losses.detach(), gradient.to(losses.dtype) / scale
 
 
-def read_maps(probs: dict[str, Tensor], layers: tuple[str, ...], size: Sequence[int], variants: int) -> Tensor:
-    """Probabilities by layer -> maps [V, m, n, T]; with both guidance halves in the batch, their mean."""
+def predict(unet: UNet, latents: Tensor, timestep: int, plan: Plan, rows: Sequence[int], layers: tuple[str, ...],
+            **options) -> tuple[Tensor, list[Tensor]]:
+    """Every picture in the given rows of the plan, as one batch -> (noise [B, R, 4, h, w], maps [B, R, H, m*n, T] by layer).
+
+    options: what else UNet.forward takes; with stop_after_maps there is no noise and the first part is empty.
+    """
+    noise, probs = unet(latents.repeat_interleave(len(rows), dim=0), timestep, *plan.rows(rows, len(latents)), layers,
+                        **options)
+    apart = (len(latents), len(rows))
+    noise = latents.new_empty(0) if noise is None else noise.unflatten(0, apart)
+    return noise, [probs[name].unflatten(0, apart) for name in layers]
+
+
+def read_maps(probs: Sequence[Tensor], size: Sequence[int], variants: int, maps_from: str) -> Tensor:
+    """Probabilities [B, R, H, m*n, T] of V conditional rows or of both guidance halves -> maps [B, V, m, n, T]."""
     height, width = size
-    tokens = probs[layers[0]].shape[2]
-    while height * width > tokens:
+    while height * width > probs[0].shape[-2]:
         height, width = (height + 1) // 2, (width + 1) // 2
-    maps = attention_maps([probs[name] for name in layers], (height, width))
-    return maps.unflatten(0, (-1, variants)).mean(dim=0)
+    maps = attention_maps(probs, (height, width)).unflatten(1, (-1, variants))      # [B, halves, V, m, n, T]
+    return maps.mean(dim=1) if maps_from == "both" else maps[:, -1]
 
 
 @torch.no_grad()
-def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator: torch.Generator | None = None,
+def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator: Generators = None,
             low_memory: bool = False) -> Iterator[Step]:
-    """Denoises initial noise [1, 4, h, w] and yields every step; the last one's latents are the picture's.
+    """Denoises initial noise [B, 4, h, w] and yields every step; the last one's latents are the pictures'.
 
-    `low_memory` runs one variant after the other, for the same result to rounding.
+    Each picture has its own loss and masks, and with eta > 0 its own generator of the list: a batch gives what its
+    pictures give alone, to rounding. `low_memory` runs one variant after the other, for the same result to rounding.
     ValueError: steps that the scheduler cannot do, latents that became NaN (the step is named).
     """
     scheduler = make_scheduler(model.scheduler_config, recipe.steps, recipe.scheduler, eta=recipe.eta)
     unet, variants = model.unet, len(plan.prompts)
     layers = unet.map_layers(model.map_level) if plan.concepts else ()
-    half = len(plan.context) // 2
     history: tuple = ()
+    finite = torch.tensor(True)
     z = latents * scheduler.init_noise_sigma
     for i, t in enumerate(scheduler.timesteps):
         # move the latent so that the concepts part (section 3.2)
@@ -349,28 +384,32 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
 
         # one batch predicts the noise of all variants, both guidance halves
         at = z if recipe.noise_from == "after" else before
-        rows = [i // recipe.switch_every % variants] if plan.in_turn else list(range(variants))
-        rows += [row + half for row in rows]
-        parts = [unet(at.expand(len(part), -1, -1, -1), t, plan.context[part], plan.adapters[part], layers)
-                 for part in ([[row] for row in rows] if low_memory else [rows])]
-        noise = torch.cat([noise for noise, _ in parts])
-        probs = {name: torch.cat([maps[name] for _, maps in parts]) for name in layers}
-        uncond, cond = noise.chunk(2)                                               # [V, 4, h, w] each
+        turns = [i // recipe.switch_every % variants] if plan.in_turn else [*range(variants)]
+        rows = [*turns, *(row + variants for row in turns)]
+        with torch.inference_mode():
+            batches = [[row] for row in rows] if low_memory else [rows]
+            parts = [predict(unet, at, t, plan, batch, layers) for batch in batches]
+        uncond, cond = torch.cat([noise for noise, _ in parts], dim=1).chunk(2, dim=1)      # [B, V, 4, h, w] each
 
         # one mask per variant, then the blend (section 3.3)
-        maps, masks = None, torch.ones(len(cond), *z.shape[2:], device=z.device)
+        maps, masks = None, torch.ones(len(z), len(turns), *z.shape[2:], device=z.device)
         if plan.concepts:
-            halves = {name: p if recipe.maps_from == "both" else p[half:] for name, p in probs.items()}
-            maps = read_maps(halves, layers, z.shape[2:], variants)
+            probs = [torch.cat(layer, dim=1) for layer in zip(*(probs for _, probs in parts))]
+            maps = read_maps(probs, z.shape[2:], variants, recipe.maps_from)        # [B, V, m, n, T]
             if i >= recipe.mask_from:
-                masks = variant_masks(maps, plan.words, tuple(z.shape[2:]), recipe)
+                masks = torch.stack([variant_masks(one, plan.words, z.shape[2:], recipe) for one in maps])
         noise = guide(blend(uncond, masks), blend(cond, masks), recipe)
         x0 = scheduler.predict_x0(noise, i, z)
         z, history = scheduler.step(noise, i, z, history, generator)
-        if not torch.isfinite(z).all():
-            raise ValueError(f"the latents became NaN at step {i} (timestep {t}): try --dtype float32, a smaller "
-                             "--alpha or other weights")
+        expect_finite(finite, i - 1)                    # one step late: a GPU need not wait for the CPU to ask
+        finite = torch.isfinite(z).all()
         yield Step(i, t, z, x0, noise, maps, masks if plan.concepts else None, losses, updates)
+    expect_finite(finite, i)
+
+
+def expect_finite(finite: Tensor, step: int) -> None:
+    if not finite:
+        raise ValueError(f"the latents became NaN at step {step}: try --dtype float32, a smaller --alpha or other weights")
 
 
 def decode(model: Model, latents: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def save_picture(path: Path, picture: np.ndarray, settings: dict) -> None:
 
 
 def save_trace(path: Path, steps: Sequence[Step]) -> None:
-    """Everything a run computed, as safetensors. S steps, E latent updates in all:
+    """Everything a run computed for one picture, as safetensors. S steps, E latent updates in all:
 
     timestep [S], latents [S, 4, h, w] (after the step), noise [S, 4, h, w], maps [S, V, m, n, T], masks [S, V, h, w],
     loss [E], update_step [E], updated_latents [E, 4, h, w]. What a method does not have is left out.
@@ -58,9 +58,9 @@ def save_trace(path: Path, steps: Sequence[Step]) -> None:
                "noise": torch.cat([step.noise for step in steps])}
     for key in ("maps", "masks"):
         if getattr(steps[0], key) is not None:
-            tensors[key] = torch.stack([getattr(step, key) for step in steps])
+            tensors[key] = torch.cat([getattr(step, key) for step in steps])
     if losses := [loss for step in steps for loss in step.losses]:
-        tensors["loss"] = torch.stack(losses)
+        tensors["loss"] = torch.cat(losses)
         tensors["update_step"] = torch.tensor([step.index for step in steps for _ in step.losses])
         tensors["updated_latents"] = torch.cat([latents for step in steps for latents in step.updates])
     with in_place(path) as temporary:
@@ -90,10 +90,10 @@ def panel(result: np.ndarray, merged: np.ndarray, step: Step, words: Sequence[tu
     tiles, labels = [], []
     picture = _tile(result, side, smooth=True)
     for k, (name, tokens) in enumerate(zip(names, words)):
-        attention = step.maps[k + 1][:, :, list(tokens)].mean(-1).float().cpu().numpy()         # [m, n]
+        attention = step.maps[0, k + 1][:, :, list(tokens)].mean(-1).float().cpu().numpy()         # [m, n]
         tiles.append(_tile(heat(attention), side, smooth=True))
         labels.append(f'map of "{name}"')
-        mask = _tile((step.masks[k + 1].cpu().numpy() * 255).astype(np.uint8)[..., None].repeat(3, -1), side) > 127
+        mask = _tile((step.masks[0, k + 1].cpu().numpy() * 255).astype(np.uint8)[..., None].repeat(3, -1), side) > 127
         colour = np.array(COLOURS[k % len(COLOURS)])
         grey = picture.mean(-1, keepdims=True) * 0.6 + 80
         tiles.append(np.where(mask, 0.55 * picture + 0.45 * colour, grey).astype(np.uint8))

@@ -14,6 +14,7 @@ Coefficients are Python floats, so that latents of any precision and device keep
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 History = tuple[Any, ...]
+Generators = torch.Generator | Sequence[torch.Generator] | None
 
 # What every published SD 1.x config has, where it has the key at all: {key: the values that change nothing here}
 FIXED: dict[str, tuple] = {
@@ -72,10 +74,11 @@ class Scheduler:
         raise ValueError(f"scheduler_config.json: timestep_spacing {spacing!r} is not known")
 
     def step(self, noise: Tensor, i: int, latents: Tensor, history: History = (),
-             generator: torch.Generator | None = None) -> tuple[Tensor, History]:
+             generator: Generators = None) -> tuple[Tensor, History]:
         """Goes from timesteps[i] to the next lower one -> (latents, history for the next call).
 
-        noise, latents [B, C, h, w]; history is () at the first step; `generator` serves DDIM with eta > 0.
+        noise, latents [B, C, h, w]; history is () at the first step; `generator` serves DDIM with eta > 0: one for all
+        rows, or a list with one for each.
         """
         raise NotImplementedError
 
@@ -116,7 +119,7 @@ class DDIM(Scheduler):
     set_alpha_to_one = True
 
     def step(self, noise: Tensor, i: int, latents: Tensor, history: History = (),
-             generator: torch.Generator | None = None) -> tuple[Tensor, History]:
+             generator: Generators = None) -> tuple[Tensor, History]:
         t = self.timesteps[i]
         now, then = self.alpha(t), self.alpha(t - self.train_steps // self.steps)
         x0 = self.predict_x0(noise, i, latents)
@@ -127,9 +130,10 @@ class DDIM(Scheduler):
         latents = math.sqrt(then) * x0 + math.sqrt(1 - then - sigma ** 2) * noise   # eq. 12
         if self.eta > 0:
             # drawn where the generator lives, as diffusers does, so that a seed means one picture on every device
-            device = noise.device if generator is None else generator.device
-            fresh = torch.randn(noise.shape, generator=generator, device=device, dtype=noise.dtype)
-            latents = latents + sigma * fresh.to(noise.device)
+            parts = zip(noise.split(1), generator) if isinstance(generator, Sequence) else [(noise, generator)]
+            fresh = [torch.randn(rows.shape, generator=one, device=noise.device if one is None else one.device,
+                                 dtype=noise.dtype).to(noise.device) for rows, one in parts]
+            latents = latents + sigma * torch.cat(fresh)
         return latents, ()
 
 
@@ -148,7 +152,7 @@ class PNDM(Scheduler):
         return t if len(t) == 1 else (t[0], t[1], *t[1:])
 
     def step(self, noise: Tensor, i: int, latents: Tensor, history: History = (),
-             generator: torch.Generator | None = None) -> tuple[Tensor, History]:
+             generator: Generators = None) -> tuple[Tensor, History]:
         t, ratio = self.timesteps[i], self.train_steps // self.steps
         if i == 1:                      # history: (first prediction, latents it was made at)
             past, latents = history[:1], history[1]
@@ -190,7 +194,7 @@ class DPMSolverPP(Scheduler):
         return super().make_timesteps()
 
     def step(self, noise: Tensor, i: int, latents: Tensor, history: History = (),
-             generator: torch.Generator | None = None) -> tuple[Tensor, History]:
+             generator: Generators = None) -> tuple[Tensor, History]:
         x0 = self.predict_x0(noise, i, latents)
         if i == len(self.timesteps) - 1:
             return x0, ()               # sigma is 0 there: all that is left is the estimate

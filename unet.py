@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import Transformer2DModel
+from attention import TextKeys, Transformer2DModel
 from lora import LoRAConv2d, LoRALinear
 
 
@@ -201,13 +201,18 @@ class UNet(nn.Module):
         return tuple(f"{name}.attentions.{n}" for name in (down, up)
                      for n in range(len(self.get_submodule(name).attentions)))      # type: ignore[arg-type]
 
-    def forward(self, latents: Tensor, timestep: Tensor | int, context: Tensor, adapters: Tensor | None = None,
-                maps_at: tuple[str, ...] = (), stop_after_maps: bool = False, checkpointing: bool = False
-                ) -> tuple[Tensor | None, dict[str, Tensor]]:
+    def text_keys(self, context: Tensor, adapters: Tensor | None = None) -> TextKeys:
+        """context [B, T, D], adapters [B, A] -> what forward takes in place of the context at every step of an image."""
+        return TextKeys({name: module.text_keys(context, adapters) for name, module in self.named_modules()
+                         if isinstance(module, Transformer2DModel)})
+
+    def forward(self, latents: Tensor, timestep: Tensor | int, context: Tensor | TextKeys,
+                adapters: Tensor | None = None, maps_at: tuple[str, ...] = (), stop_after_maps: bool = False,
+                checkpointing: bool = False) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Predicts the noise, and returns the cross-attention maps of the layers named in `maps_at`.
 
-        latents [B, 4, h, w], timestep int or [B], context [B, T, D], adapters [B, A] strengths or None ->
-        (noise [B, 4, h, w], {layer name: probs [B, H, N, T] in float32, N = h' * w' of that layer}).
+        latents [B, 4, h, w], timestep int or [B], context [B, T, D] or of text_keys, adapters [B, A] strengths or None
+        -> (noise [B, 4, h, w], {layer name: probs [B, H, N, T] in float32, N = h' * w' of that layer}).
         With `stop_after_maps` nothing after the last wanted map is computed and the noise is None. With `checkpointing`
         a backward pass computes every layer again instead of keeping what it needs (arXiv 1604.06174).
         Raises ValueError for a name in `maps_at` that is no cross-attention layer.
@@ -217,10 +222,11 @@ class UNet(nn.Module):
         def call(module: nn.Module, *inputs):
             return checkpoint(module, *inputs, use_reentrant=False) if checkpointing else module(*inputs)
 
-        def attend(name: str, attention: nn.Module, x: Tensor) -> Tensor:
+        def attend(name: str, attention: Transformer2DModel, x: Tensor) -> Tensor:
             wanted = name in maps_at
             only_map = stop_after_maps and wanted and len(maps) == len(maps_at) - 1
-            x, probs = call(attention, x, context, adapters, wanted, only_map)
+            keys = context.layers[name] if isinstance(context, TextKeys) else attention.text_keys(context, adapters)
+            x, probs = call(attention, x, keys, adapters, wanted, only_map)
             if wanted:
                 maps[name] = probs
             return x

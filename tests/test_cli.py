@@ -35,6 +35,11 @@ def run(*arguments: str, out: Path) -> int:
         return int(stop.code or 0)
 
 
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
 def refused(capsys, out: Path, *arguments: str) -> str:
     """The one line that the command prints before it exits with 2."""
     capsys.readouterr()
@@ -95,6 +100,21 @@ def test_low_memory_gives_the_same_picture(tmp_path):
         with Image.open(tmp_path / name / "clora-0.png") as image:
             pictures.append(np.asarray(image).astype(int))
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+@pytest.mark.parametrize("method, flags", [("clora", ()), ("clora", ("--recipe", "release", "--low-memory")),
+                                           ("clora", ("--eta", "0.7")), ("switch", ()), ("clora", ("--scheduler", "pndm"))])
+def test_a_batch_gives_the_pictures_of_its_seeds(method, flags, tmp_path):
+    common = (*TWO, "--method", method, "--seeds", "3-7", *flags)
+    assert run(*common, "--batch", "2", "--trace", str(tmp_path / "t.safetensors"), out=tmp_path / "batch") == 0
+    assert run(*common, "--trace", str(tmp_path / "alone.safetensors"), out=tmp_path / "alone") == 0
+    for seed in range(3, 8):
+        together = load_file(tmp_path / f"t-{seed}.safetensors")
+        alone = load_file(tmp_path / f"alone-{seed}.safetensors")
+        assert together.keys() == alone.keys()
+        assert (together["latents"] - alone["latents"]).norm() / alone["latents"].norm() < 1e-3     # random weights: chaotic
+        one, other = (pixels(tmp_path / folder / f"{method}-{seed}.png") for folder in ("batch", "alone"))
+        assert abs(one.astype(int) - other).max() <= 1
 
 
 def test_the_panel(tmp_path):
@@ -159,7 +179,8 @@ def test_recipe_flags_cover_every_setting():
     (["--prompt", ""], '"cat"'),
     (["--prompt", "cat " + "very " * 80 + "dog"], "77"), (["--lora", CAT, "cat=third"], "two LoRAs"),
     (["--lora", CAT, "=x"], "subject"), (["--lora", "nowhere.safetensors", "dog"], "nowhere.safetensors"),
-    (["--lora", str(GOLDEN / "README.md"), "dog"], "README.md"), (["--alpha", "nan"], "--alpha")])
+    (["--lora", str(GOLDEN / "README.md"), "dog"], "README.md"), (["--alpha", "nan"], "--alpha"),
+    (["--batch", "0"], "--batch")])
 def test_bad_input_is_one_line_and_exit_code_2(arguments, word, tmp_path, capsys):
     assert word in refused(capsys, tmp_path / "out", *TWO, *arguments)
 

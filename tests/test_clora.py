@@ -1,7 +1,9 @@
 """The functions of clora.py against float64 written out by hand, then their limits and properties."""
 
 import cmath
+import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,8 +136,8 @@ def test_morphology_leaves_a_full_mask_full():
 
 
 def test_blend_averages_overlaps_and_keeps_single_owners():
-    noise = torch.stack([torch.full((4, 2, 2), float(v)) for v in range(3)])
-    masks = torch.tensor([[[1, 0], [0, 0]], [[0, 1], [1, 0]], [[0, 0], [1, 1]]])
+    noise = torch.stack([torch.full((4, 2, 2), float(v)) for v in range(3)])[None]
+    masks = torch.tensor([[[[1, 0], [0, 0]], [[0, 1], [1, 0]], [[0, 0], [1, 1]]]])
     assert clora.blend(noise, masks)[0, 0].tolist() == [[0, 1], [1.5, 2]]
 
 
@@ -147,9 +149,9 @@ def test_blend_of_noise_is_blend_of_latents_under_ddim():
     masks[0] = torch.maximum(masks[0], 1 - masks.amax(0))
     scheduler = make_scheduler(SD15_SCHEDULER, 50)
     for i in (0, 13, 49):
-        blended_first, _ = scheduler.step(clora.blend(noise, masks), i, z)
+        blended_first, _ = scheduler.step(clora.blend(noise[None], masks[None]), i, z)
         stepped_first = torch.cat([scheduler.step(one[None], i, z)[0] for one in noise])
-        assert (clora.blend(stepped_first, masks) - blended_first).abs().max() < 1e-10
+        assert (clora.blend(stepped_first[None], masks[None]) - blended_first).abs().max() < 1e-10
 
 
 def test_update_is_a_gradient_step():
@@ -201,9 +203,9 @@ def test_updates_lower_the_loss():
 
 
 def test_maps_are_not_transposed_for_wide_pictures():
-    probs = {"layer": torch.arange(2 * 3, dtype=torch.float32).view(1, 1, 6, 1).expand(1, 2, 6, 77)}
-    assert clora.read_maps(probs, ("layer",), (8, 12), 1)[0, :, :, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert clora.read_maps(probs, ("layer",), (12, 8), 1)[0, :, :, 0].tolist() == [[0, 1], [2, 3], [4, 5]]
+    probs = [torch.arange(2 * 3, dtype=torch.float32).view(1, 1, 1, 6, 1).expand(1, 1, 2, 6, 77)]
+    assert clora.read_maps(probs, (8, 12), 1, "cond")[0, 0, :, :, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert clora.read_maps(probs, (12, 8), 1, "cond")[0, 0, :, :, 0].tolist() == [[0, 1], [2, 3], [4, 5]]
 
 
 @pytest.mark.parametrize("prompt, word, trigger, expected", [
@@ -222,3 +224,47 @@ def test_low_memory_gives_the_same_gradient(name):
     again, same = clora.contrast(unet, z, 500, plan, layers, recipe, low_memory=True)
     assert loss.item() == pytest.approx(again.item(), rel=1e-12)
     assert ((gradient - same).norm() / gradient.norm()).item() < 1e-12
+
+
+def test_keys_made_once_are_the_keys_of_every_step():
+    torch.manual_seed(0)
+    unet, plan = UNet(TINY).double().eval().requires_grad_(False), tiny_plan()
+    z = torch.randn(6, 4, 6, 8, dtype=torch.float64)
+    layers = unet.map_layers(1)
+    noise, maps = unet(z, 500, plan.context, plan.adapters, layers)
+    again, same = unet(z, 500, unet.text_keys(plan.context, plan.adapters), plan.adapters, layers)
+    assert torch.equal(noise, again) and all(torch.equal(maps[name], same[name]) for name in layers)
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("name", ["paper", "release"])
+def test_a_batch_has_the_gradients_of_its_pictures(name, low_memory):
+    torch.manual_seed(0)
+    unet, plan, recipe = UNet(TINY).double().eval().requires_grad_(False), tiny_plan(), RECIPES[name]
+    layers, z = unet.map_layers(1), torch.randn(3, 4, 6, 8, dtype=torch.float64)
+    losses, gradients = clora.contrast(unet, z, 500, plan, layers, recipe, low_memory)
+    assert losses.shape == (3,) and losses.std() > 1e-4             # the pictures differ, or this test shows nothing
+    for b in range(3):
+        loss, gradient = clora.contrast(unet, z[b:b + 1], 500, plan, layers, recipe)
+        assert loss.item() == pytest.approx(losses[b].item(), rel=1e-12)
+        assert ((gradient[0] - gradients[b]).norm() / gradient.norm()).item() < 1e-12
+
+
+@pytest.mark.parametrize("changes", [{}, {"scheduler": "pndm"}, {"scheduler": "dpm++"}, {"eta": 0.7}, {"maps_from": "both"}])
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_batch_gives_what_its_pictures_give_alone(changes, low_memory):
+    torch.manual_seed(0)
+    plan = dataclasses.replace(tiny_plan(), words=((2, 3), (6,)))
+    unet = UNet(TINY).double().eval().requires_grad_(False)
+    model = SimpleNamespace(unet=unet, map_level=1, scheduler_config=SD15_SCHEDULER)
+    recipe = Recipe(steps=4, refine_at=(1,), refine_steps=2, **changes)
+    noise = torch.randn(3, 4, 6, 8, dtype=torch.float64)
+
+    def last(rows: list[int], low_memory: bool = False) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(row) for row in rows]
+        return list(clora.compose(model, plan, recipe, noise[rows], generators, low_memory))[-1].latents
+    together = last([0, 1, 2], low_memory)
+    for b in range(3):
+        alone = last([b])[0]
+        assert ((together[b] - alone).norm() / alone.norm()).item() < 1e-9
+    assert (together[0] - together[1]).norm() > 0.1
