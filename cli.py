@@ -27,7 +27,8 @@ TOY = Path(os.path.relpath(Path(__file__).resolve().parent / "weights" / "toy"))
 DEMO = {"prompt": "a ball and a ring on the grass",
         "lora": [[str(TOY / "loras/zib.safetensors"), "ball=zib ball"],
                  [str(TOY / "loras/pel.safetensors"), "ring=pel ring"]]}
-CHOICES = {"scheduler": ("ddim", "pndm", "dpm++"), "maps_from": ("cond", "both"), "noise_from": ("after", "before")}
+CHOICES = {"scheduler": ("ddim", "pndm", "dpm++"), "maps_from": ("cond", "both"), "noise_from": ("after", "before"),
+           "uncond_from": ("each", "base")}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
           "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -80,7 +81,7 @@ def make_parser() -> Parser:
     add("--quiet", action="store_true", help="no progress bar")
 
     group = parser.add_argument_group("the recipe", "every choice of the method: the recipe sets all, a flag changes one")
-    group.add_argument("--recipe", choices=RECIPES, default="paper", help="paper (default) or release")
+    group.add_argument("--recipe", choices=RECIPES, default="paper", help="paper (default), release or fast")
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Recipe), re.MULTILINE))
     for field in dataclasses.fields(Recipe):
         flag, default = "--" + field.name.replace("_", "-"), getattr(RECIPES["paper"], field.name)
@@ -103,9 +104,12 @@ def make_recipe(args: argparse.Namespace, model_settings: dict) -> Recipe:
     recipe = dataclasses.replace(RECIPES[args.recipe], **{**model_settings.get("recipe", {}), **given})
     for name, low, high in (("steps", 1, 1000), ("temperature", 1e-6, 1e6), ("guidance", 1, 1e4), ("eta", 0, 1),
                             ("threshold", 0, 1), ("refine_steps", 0, 10_000), ("guidance_rescale", 0, 1),
-                            ("switch_every", 1, 1000), ("alpha", -1e6, 1e6)):
+                            ("switch_every", 1, 1000), ("update_every", 1, 1000), ("refine_stop", 0, 1),
+                            ("alpha", -1e6, 1e6)):
         if not low <= getattr(recipe, name) <= high:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(recipe, name)}; it must be between {low} and {high}")
+    if recipe.uncond_from == "base" and recipe.maps_from == "both":
+        raise ValueError("--uncond-from base leaves no unconditional maps for --maps-from both; choose one of the two")
     return recipe
 
 

@@ -51,9 +51,12 @@ class Recipe:
     update_until: int = 25              # last step with a latent update; -1: never
     refine_at: tuple[int, ...] = (0, 10, 20)    # steps that repeat the update ...
     refine_steps: int = 20              # ... this many times more
+    refine_stop: float = 0.0            # end a picture's repeats once one lowers its loss by less than this share; 0: never
+    update_every: int = 1               # steps from one latent update to the next
     rescale_maps: bool = False          # scale each map to 0..1 before the loss
     maps_from: str = "cond"             # "cond": conditional pass; "both": mean with the unconditional one
     noise_from: str = "after"           # predict the noise at the latent "after" or "before" the step's last update
+    uncond_from: str = "each"           # unconditional half of guidance: of "each" variant or of the "base" for all
     threshold: float = 0.4              # theta: share of a map's maximum above which a pixel is the subject's
     mask_ties: bool = True              # a pixel exactly at the threshold belongs to the mask
     mask_from: int = 0                  # first step with masks; before it the variants are averaged
@@ -68,6 +71,7 @@ RECIPES = {
     "paper": Recipe(),
     "release": Recipe(steps=100, guidance=10.0, update_until=49, rescale_maps=True, maps_from="both",
                       noise_from="before", mask_ties=False),
+    "fast": Recipe(steps=20, scheduler="dpm++", update_until=9, refine_at=(0, 4, 8), refine_steps=5, uncond_from="base"),
 }
 
 
@@ -352,8 +356,10 @@ def read_maps(probs: Sequence[Tensor], size: Sequence[int], variants: int, maps_
     height, width = size
     while height * width > probs[0].shape[-2]:
         height, width = (height + 1) // 2, (width + 1) // 2
-    maps = attention_maps(probs, (height, width)).unflatten(1, (-1, variants))      # [B, halves, V, m, n, T]
-    return maps.mean(dim=1) if maps_from == "both" else maps[:, -1]
+    maps = attention_maps(probs, (height, width))                                   # [B, R, m, n, T]
+    if maps_from == "cond":
+        return maps[:, -variants:]
+    return maps.unflatten(1, (2, variants)).mean(dim=1)
 
 
 @torch.no_grad()
@@ -374,22 +380,30 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
     for i, t in enumerate(scheduler.timesteps):
         # move the latent so that the concepts part (section 3.2)
         losses, updates, before = [], [], z
-        if plan.concepts and i <= recipe.update_until:
-            for _ in range(1 + (recipe.refine_steps if i in recipe.refine_at else 0)):
+        repeats = recipe.refine_steps if i in recipe.refine_at else 0
+        if plan.concepts and i <= recipe.update_until and (repeats or i % recipe.update_every == 0):
+            moving = torch.ones(len(z), 1, 1, 1, device=z.device, dtype=torch.bool)
+            for n in range(1 + repeats):
                 before = z
                 loss, gradient = contrast(unet, z, t, plan, layers, recipe, low_memory)
-                z = update_latents(z, gradient, recipe.alpha)
+                if recipe.refine_stop and n:
+                    moving &= (losses[-1] - loss > recipe.refine_stop * losses[-1]).view(-1, 1, 1, 1)
+                    if not moving.any():
+                        break
+                z = torch.where(moving, update_latents(z, gradient, recipe.alpha), z)
                 losses.append(loss)
                 updates.append(z)
 
         # one batch predicts the noise of all variants, both guidance halves
         at = z if recipe.noise_from == "after" else before
         turns = [i // recipe.switch_every % variants] if plan.in_turn else [*range(variants)]
-        rows = [*turns, *(row + variants for row in turns)]
+        shared = recipe.uncond_from == "base"
+        rows = [*(turns[:1] if shared else turns), *(row + variants for row in turns)]
         with torch.inference_mode():
             batches = [[row] for row in rows] if low_memory else [rows]
             parts = [predict(unet, at, t, plan, batch, layers) for batch in batches]
-        uncond, cond = torch.cat([noise for noise, _ in parts], dim=1).chunk(2, dim=1)      # [B, V, 4, h, w] each
+        noise = torch.cat([noise for noise, _ in parts], dim=1)                     # [B, rows, 4, h, w]
+        uncond, cond = noise[:, :-len(turns)], noise[:, -len(turns):]               # [B, V or 1, ...], [B, V, ...]
 
         # one mask per variant, then the blend (section 3.3)
         maps, masks = None, torch.ones(len(z), len(turns), *z.shape[2:], device=z.device)
@@ -398,7 +412,7 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
             maps = read_maps(probs, z.shape[2:], variants, recipe.maps_from)        # [B, V, m, n, T]
             if i >= recipe.mask_from:
                 masks = torch.stack([variant_masks(one, plan.words, z.shape[2:], recipe) for one in maps])
-        noise = guide(blend(uncond, masks), blend(cond, masks), recipe)
+        noise = guide(uncond[:, 0] if shared else blend(uncond, masks), blend(cond, masks), recipe)
         x0 = scheduler.predict_x0(noise, i, z)
         z, history = scheduler.step(noise, i, z, history, generator)
         expect_finite(finite, i - 1)                    # one step late: a GPU need not wait for the CPU to ask

@@ -17,6 +17,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,87 @@ def read_sets(path: Path) -> list[dict]:
     return sets
 
 
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+class Scorer:
+    """DINO similarity to reference pictures and CLIP score of the prompt, by models that transformers loads.
+
+    `dino` and `clip` are folders or hub ids: "facebook/dino-vits16" and "openai/clip-vit-base-patch32" are the paper's
+    kind. A CLIP serves as `dino` too (its image tower), which is what the embedded world does.
+    """
+
+    def __init__(self, dino: str, clip: str, device: str):
+        from transformers import AutoModel, CLIPTokenizer
+        self.device = device
+        try:
+            self.clip = AutoModel.from_pretrained(clip, dtype=torch.float32).to(device).eval()
+            self.dino = self.clip if dino == clip else AutoModel.from_pretrained(dino, dtype=torch.float32).to(device).eval()
+            self.tokenizer = CLIPTokenizer.from_pretrained(clip)
+            self.rules = [self._rules(name) for name in (dino, clip)]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the scoring models cannot be loaded ({dino}, {clip}): {error}") from None
+        self.references: dict[str, torch.Tensor] = {}
+
+    @staticmethod
+    def _rules(name: str) -> dict:
+        from transformers.utils import cached_file
+        return json.loads(Path(cached_file(name, "preprocessor_config.json")).read_text())
+
+    def _pixels(self, pictures: list[np.ndarray], rules: dict) -> torch.Tensor:
+        """uint8 [H, W, 3] each -> [B, 3, S, S]: shorter side to S, centre crop, mean and deviation of the model."""
+        size = rules.get("crop_size") or rules["size"]
+        side = size if isinstance(size, int) else size.get("height") or size["shortest_edge"]
+        out = []
+        for picture in pictures:
+            image = Image.fromarray(picture)
+            factor = side / min(image.size)
+            image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            x = torch.from_numpy(np.array(image.crop((left, top, left + side, top + side)))).permute(2, 0, 1) / 255
+            mean, deviation = (torch.tensor(rules[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
+            out.append((x - mean) / deviation)
+        return torch.stack(out).to(self.device)
+
+    @torch.no_grad()
+    def look(self, pictures: list[np.ndarray]) -> torch.Tensor:
+        """-> unit vectors [B, D] of the picture encoder (the class token's)."""
+        pixels = self._pixels(pictures, self.rules[0])
+        tower = getattr(self.dino, "vision_model", self.dino)
+        return torch.nn.functional.normalize(tower(pixel_values=pixels).last_hidden_state[:, 0], dim=1)
+
+    @torch.no_grad()
+    def score(self, picture: np.ndarray, prompt: str, references: list[list[np.ndarray]], keys: list[str]) -> dict:
+        """Mean similarity to each LoRA's references (its minimum, mean, maximum over the LoRAs), and the CLIP score."""
+        for key, pictures in zip(keys, references):
+            if key not in self.references:
+                self.references[key] = self.look(pictures)
+        mine = self.look([picture])
+        similar = [(self.references[key] @ mine.T).mean().item() for key in keys]
+        ids = self.tokenizer([prompt], padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+        out = self.clip(input_ids=ids.to(self.device), pixel_values=self._pixels([picture], self.rules[1]))
+        score = (out.text_embeds * out.image_embeds).sum().item()
+        facts = {"clip": round(score, 4)}
+        if similar:
+            facts |= {"dino_min": round(min(similar), 4), "dino_avg": round(sum(similar) / len(similar), 4),
+                      "dino_max": round(max(similar), 4)}
+        return facts
+
+
+def references_of(one: dict) -> tuple[list[str], list[list[np.ndarray]]]:
+    """A set's reference pictures per LoRA: "references" of the set (folders), or the lessons of the embedded LoRAs."""
+    keys, pictures = [], []
+    for n, (file, _) in enumerate(one["loras"]):
+        if "references" in one:
+            folder = Path(one["references"][n])
+            files = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
+            keys.append(str(folder))
+            pictures.append([np.asarray(Image.open(path).convert("RGB")) for path in files])
+        elif Path(file).parent.resolve() == (TOY / "loras").resolve():
+            keys.append(Path(file).stem)
+            pictures.append([renderer.render(scene) for scene in renderer.lesson(Path(file).stem)])
+    return keys, pictures
+
+
 # --- one image --------------------------------------------------------------------------------------------------------
 
 def verdict(seen: list[Seen], truth: list[list[str]]) -> dict:
@@ -110,7 +192,12 @@ class Maker:
 
     def __init__(self, args: argparse.Namespace):
         self.model = load_model(args.model, args.device, DTYPES[args.dtype])
-        self.judge: Judge | None = load_judge() if args.model == str(TOY) else None
+        embedded = args.model == str(TOY)
+        self.judge: Judge | None = load_judge() if embedded else None
+        clip = args.clip or (str(TOY / "clip") if embedded else "openai/clip-vit-base-patch32")
+        dino = args.dino or (clip if embedded else "facebook/dino-vits16")
+        self.scores = None if args.no_scores else [dino, clip]
+        self.scorer = None if args.no_scores else Scorer(dino, clip, args.device)
         self.loras: dict = {}
         self.size = self.model.unet.config.sample_size * self.model.vae.config.factor
 
@@ -133,20 +220,29 @@ class Maker:
         path, weight = split_weight(one["style"])
         return self.lora(path), 1.0 if weight is None else weight
 
-    def make(self, one: dict, method: str, recipe: Recipe, seed: int) -> tuple[np.ndarray, dict]:
-        """-> (picture uint8 [H, W, 3], what was measured)."""
+    def make(self, one: dict, method: str, recipe: Recipe, seeds: Sequence[int]) -> list[tuple[np.ndarray, dict]]:
+        """One batch -> for each seed: picture uint8 [H, W, 3], what was measured (seconds: the batch's, shared out)."""
         plan = clora.make_plan(self.model, one["prompt"], self.subjects(one), self.style(one), "", method, recipe)
         start, shares = time.time(), []
-        for step in clora.compose(self.model, plan, recipe, clora.initial_noise(self.model, self.size, self.size, seed)):
+        noise = torch.cat([clora.initial_noise(self.model, self.size, self.size, seed) for seed in seeds])
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        for step in clora.compose(self.model, plan, recipe, noise, generators):
             if step.masks is not None and step.index >= recipe.mask_from:
-                shares.append(step.masks.mean(dim=(1, 2)))
-        picture = clora.decode(self.model, step.latents)[0].numpy()
-        facts = {"seconds": round(time.time() - start, 3)}
-        if shares:
-            facts["shares"] = [round(x, 3) for x in torch.stack(shares).mean(0).tolist()]
-        if self.judge is not None and "truth" in one:
-            facts |= verdict(self.judge.look(picture[None])[0], one["truth"])
-        return picture, facts
+                shares.append(step.masks.mean(dim=(2, 3)))                          # [B, V]
+        pictures = clora.decode(self.model, step.latents).numpy()
+        made = []
+        for b, picture in enumerate(pictures):
+            facts: dict = {"seconds": round((time.time() - start) / len(seeds), 3)}
+            if shares:
+                facts["shares"] = [round(x, 3) for x in torch.stack(shares).mean(0)[b].tolist()]
+            made.append((picture, facts))
+        for picture, facts in made:
+            if self.judge is not None and "truth" in one:
+                facts |= verdict(self.judge.look(picture[None])[0], one["truth"])
+            if self.scorer is not None:
+                keys, references = references_of(one)
+                facts |= self.scorer.score(picture, one["prompt"], references, keys)
+        return made
 
 
 def recipe_of(column: str, settings: dict, changes: dict) -> Recipe:
@@ -188,29 +284,39 @@ def bootstrap(values: np.ndarray, groups: np.ndarray, rounds: int = 2000) -> tup
     return float(values.mean()), float(low), float(high)
 
 
+# figures of the table: heading, key of a result, how it is written
+FIGURES = (("success", "success", "{:.0%}"), ("a subject is missing", "missing", "{:.0%}"),
+           ("a texture leaks", "leak", "{:.0%}"), ("DINO min", "dino_min", "{:.3f}"), ("DINO avg", "dino_avg", "{:.3f}"),
+           ("DINO max", "dino_max", "{:.3f}"), ("CLIP", "clip", "{:.3f}"))
+
+
 def table(lines: list[dict], columns: list[str]) -> str:
-    """Markdown: a row per method, each figure with its interval, and the paired difference against merge."""
-    def interval(values: tuple[float, float, float]) -> str:
-        return f"{values[0]:.0%} ({values[1]:.0%} to {values[2]:.0%})"
+    """Markdown: a row per method; every figure with its 95 % interval, and the first one's paired difference to merge."""
+    present = [figure for figure in FIGURES if any(figure[1] in line for line in lines)]
+    if not present:
+        return "no image was made"
     by: dict[str, dict] = {column: {} for column in columns}
     for line in lines:
-        if "success" in line:
+        if "error" not in line:
             by[line["column"]][line["set"], line["seed"]] = line
-    rows = ["| method | images | success | a subject is missing | a texture leaks | success less merge's | seconds |",
-            "|---|---|---|---|---|---|---|"]
+    first, key, form = present[0]
+    rows = ["| method | images | " + " | ".join(name for name, _, _ in present) + f" | {first} less merge's | seconds |",
+            "|---" * (len(present) + 4) + "|"]
+
+    def written(form: str, values: list[float], groups: list[int]) -> str:
+        mean, low, high = (form.format(x) for x in bootstrap(np.array(values, float), np.array(groups)))
+        return f"{mean} ({low} to {high})"
     for column in columns:
         done = list(by[column].values())
         if not done:
             continue
-        groups = np.array([r["set"] for r in done])
-        cells = [interval(bootstrap(np.array([float(r[key]) for r in done]), groups))
-                 for key in ("success", "missing", "leak")]
-        paired = [(float(r["success"]) - float(by["merge"][key]["success"]), key[0])
-                  for key, r in by[column].items() if key in by.get("merge", {})]
-        difference = "" if column == "merge" or not paired else "{:+.0%} ({:+.0%} to {:+.0%})".format(
-            *bootstrap(np.array([p[0] for p in paired]), np.array([p[1] for p in paired])))
-        seconds = np.median([r["seconds"] for r in done])
-        rows.append(f"| {column} | {len(done)} | {' | '.join(cells)} | {difference} | {seconds:.1f} |")
+        groups = [line["set"] for line in done]
+        cells = [written(form, [line[key] for line in done], groups) for _, key, form in present]
+        pairs = [(at[0], float(line[key]) - float(by["merge"][at][key])) for at, line in by[column].items()
+                 if column != "merge" and at in by.get("merge", {})]
+        cells.append(written(form.replace(":", ":+"), [d for _, d in pairs], [g for g, _ in pairs]) if pairs else "")
+        cells.append(f"{np.median([line['seconds'] for line in done]):.1f}")
+        rows.append(f"| {column} | {len(done)} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -234,6 +340,8 @@ def main(args: argparse.Namespace) -> int:
     columns = [name.strip() for name in args.methods.split(",") if name.strip()]
     if unknown := [name for name in columns if name not in METHODS]:
         raise ValueError(f"there is no method called {unknown[0]}; choose from {', '.join(METHODS)}")
+    if args.batch < 1:
+        raise ValueError(f"--batch is {args.batch}; it must be at least 1")
     if not columns or not args.seeds:
         raise ValueError("--methods and --seeds must name at least one each")
     changes = json.loads(args.set) if args.set else {}
@@ -248,30 +356,37 @@ def main(args: argparse.Namespace) -> int:
     maker = Maker(args)
     # what every line of a results file must have been made with
     stamp = {"model": maker.model.hash(), "sets": hashlib.sha256(json.dumps(sets).encode()).hexdigest()[:16],
-             "changes": changes, "dtype": args.dtype}
+             "changes": changes, "dtype": args.dtype, "batch": args.batch, "scores": maker.scores}
     lines = read_results(folder)
     for line in lines:
-        if different := [key for key in stamp if line["stamp"][key] != stamp[key]]:
-            raise ValueError(f"{folder} holds results made with another {different[0]} ({line['stamp'][different[0]]}, "
+        if different := [key for key in stamp if line["stamp"].get(key) != stamp[key]]:
+            raise ValueError(f"{folder} holds results made with another {different[0]} ({line['stamp'].get(different[0])}, "
                              f"now {stamp[different[0]]}); give another --out")
     done = {(line["column"], line["set"], line["seed"]) for line in lines if "error" not in line}
-    todo = [(column, number, seed) for number in range(len(sets)) for seed in args.seeds for column in columns]
-    mine = [item for n, item in enumerate(todo) if n % world == rank and item not in done]
-    for n, (column, number, seed) in enumerate(mine):
-        line = {"column": column, "set": number, "seed": seed, "prompt": sets[number]["prompt"], "stamp": stamp}
+    # A batch is always made as a whole, though only what is missing of it is kept: rounding depends on a batch's size,
+    # and a sweep that was interrupted or split must end with the same figures.
+    batches = [(column, number, args.seeds[start:start + args.batch]) for number in range(len(sets))
+               for start in range(0, len(args.seeds), args.batch) for column in columns]
+    mine = [(column, number, seeds) for n, (column, number, seeds) in enumerate(batches)
+            if n % world == rank and any((column, number, seed) not in done for seed in seeds)]
+    for n, (column, number, seeds) in enumerate(mine):
         try:
             recipe = recipe_of(column, maker.model.settings, changes)
-            picture, facts = maker.make(sets[number], METHODS[column][0], recipe, seed)
-            report.save_picture(folder / f"images/{column}-{number}-{seed}.png", picture,
-                                {key: line[key] for key in ("column", "prompt")} | {"seed": str(seed)})
-            line |= facts
+            made = maker.make(sets[number], METHODS[column][0], recipe, seeds)
         except (ValueError, RuntimeError) as error:
-            line["error"] = " ".join(str(error).split())
-        append_line(folder / f"results-{rank}.jsonl", line)
+            made = [(None, {"error": " ".join(str(error).split())}) for _ in seeds]
+        for seed, (picture, facts) in zip(seeds, made):
+            if (column, number, seed) in done:
+                continue
+            line = {"column": column, "set": number, "seed": seed, "prompt": sets[number]["prompt"], "stamp": stamp, **facts}
+            if picture is not None:
+                report.save_picture(folder / f"images/{column}-{number}-{seed}.png", picture,
+                                    {"column": column, "prompt": line["prompt"], "seed": str(seed)})
+            append_line(folder / f"results-{rank}.jsonl", line)
         if not args.quiet:
-            print(f"\r{n + 1} of {len(mine)}", end="", file=sys.stderr, flush=True)
+            print(f"\r{n + 1} of {len(mine)} batches", end="", file=sys.stderr, flush=True)
     if rank == 0:
-        wanted = set(todo)
+        wanted = {(column, number, seed) for column, number, seeds in batches for seed in seeds}
         lines = [line for line in read_results(folder) if (line["column"], line["set"], line["seed"]) in wanted]
         text = table(lines, columns)
         print(text)
@@ -294,8 +409,12 @@ if __name__ == "__main__":
     parser.add_argument("--subjects", type=int, choices=(1, 2, 3), default=2, help="subjects in each of them")
     parser.add_argument("--style", metavar="FILE[:WEIGHT]", help="a style LoRA on every image")
     parser.add_argument("--seeds", type=whole_numbers, default=tuple(range(10)), metavar="0-9")
+    parser.add_argument("--batch", type=int, default=10, metavar="N", help="how many seeds to draw at once (default: 10)")
     parser.add_argument("--methods", default=",".join(METHODS), help=", ".join(METHODS))
     parser.add_argument("--set", metavar="JSON", help='settings changed for all methods, as {"alpha": 2}')
+    parser.add_argument("--dino", metavar="MODEL", help="picture encoder, folder or hub id (default: of the world)")
+    parser.add_argument("--clip", metavar="MODEL", help="CLIP, folder or hub id (default: of the world)")
+    parser.add_argument("--no-scores", action="store_true", help="no DINO and CLIP scores")
     parser.add_argument("--out", default="runs/evaluate", metavar="FOLDER")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")

@@ -151,7 +151,8 @@ def test_text_lora_can_be_left_out(tmp_path):
     ["--maps-from", "both"], ["--noise-from", "before"], ["--dilate"], ["--guidance", "3"], ["--guidance-rescale", "0.7"],
     ["--clip-skip", "1"], ["--scheduler", "pndm"], ["--scheduler", "dpm++"], ["--eta", "0.5"],
     ["--recipe", "release", "--steps", "3"], ["--negative", "nsfw"], ["--refine-at", "1"], ["--rescale-maps"],
-    ["--seed", "9"], ["--dtype", "bfloat16"]])
+    ["--seed", "9"], ["--dtype", "bfloat16"], ["--update-every", "2"], ["--uncond-from", "base"], ["--refine-stop", "1"],
+    ["--recipe", "fast", "--steps", "3"]])
 def test_every_setting_changes_the_picture(flags, tmp_path):
     run(*TWO, out=tmp_path / "plain")
     assert run(*TWO, *flags, out=tmp_path / "changed") == 0
@@ -165,7 +166,7 @@ def test_recipe_flags_cover_every_setting():
     text = cli.make_parser().format_help()
     for name in clora.Recipe.__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in text
-    assert re.search(r"paper: 50,\s+release: 100", text)
+    assert re.search(r"paper: 50,\s+release: 100,\s+fast: 20", text)
 
 
 @pytest.mark.parametrize("arguments, word", [
@@ -180,7 +181,7 @@ def test_recipe_flags_cover_every_setting():
     (["--prompt", "cat " + "very " * 80 + "dog"], "77"), (["--lora", CAT, "cat=third"], "two LoRAs"),
     (["--lora", CAT, "=x"], "subject"), (["--lora", "nowhere.safetensors", "dog"], "nowhere.safetensors"),
     (["--lora", str(GOLDEN / "README.md"), "dog"], "README.md"), (["--alpha", "nan"], "--alpha"),
-    (["--batch", "0"], "--batch")])
+    (["--batch", "0"], "--batch"), (["--uncond-from", "base", "--maps-from", "both"], "--maps-from")])
 def test_bad_input_is_one_line_and_exit_code_2(arguments, word, tmp_path, capsys):
     assert word in refused(capsys, tmp_path / "out", *TWO, *arguments)
 

@@ -250,7 +250,8 @@ def test_a_batch_has_the_gradients_of_its_pictures(name, low_memory):
         assert ((gradient[0] - gradients[b]).norm() / gradient.norm()).item() < 1e-12
 
 
-@pytest.mark.parametrize("changes", [{}, {"scheduler": "pndm"}, {"scheduler": "dpm++"}, {"eta": 0.7}, {"maps_from": "both"}])
+@pytest.mark.parametrize("changes", [{}, {"scheduler": "pndm"}, {"scheduler": "dpm++"}, {"eta": 0.7}, {"maps_from": "both"},
+                                     {"uncond_from": "base", "update_every": 2}, {"refine_stop": 0.01}])
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_a_batch_gives_what_its_pictures_give_alone(changes, low_memory):
     torch.manual_seed(0)
@@ -268,3 +269,22 @@ def test_a_batch_gives_what_its_pictures_give_alone(changes, low_memory):
         alone = last([b])[0]
         assert ((together[b] - alone).norm() / alone.norm()).item() < 1e-9
     assert (together[0] - together[1]).norm() > 0.1
+
+
+def test_repeats_end_when_the_loss_stops_falling():
+    """What is done before the stop is what is done without it; and the stop comes at the first small gain."""
+    torch.manual_seed(0)
+    plan = dataclasses.replace(tiny_plan(), words=((2, 3), (6,)))
+    unet = UNet(TINY).double().eval().requires_grad_(False)
+    model = SimpleNamespace(unet=unet, map_level=1, scheduler_config=SD15_SCHEDULER)
+    noise = torch.randn(1, 4, 6, 8, dtype=torch.float64)
+
+    def losses(stop: float) -> list[float]:
+        recipe = Recipe(steps=1, refine_at=(0,), refine_steps=30, refine_stop=stop, alpha=2000)
+        (step,) = clora.compose(model, plan, recipe, noise)
+        return torch.cat(step.losses).tolist()
+    free = losses(0)
+    gains = [1 - after / before for before, after in itertools.pairwise(free)]
+    stop = sorted(gains)[len(gains) // 2]
+    first = next(n for n, gain in enumerate(gains) if gain <= stop)
+    assert len(free) == 31 and losses(stop) == free[:first + 1] and 0 < first < 29

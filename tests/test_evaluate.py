@@ -12,7 +12,7 @@ import evaluate
 from weights.toy.judge import Seen
 
 ROOT = Path(__file__).parents[1]
-FAST = ["--prompts", "2", "--seeds", "0-1", "--methods", "merge,base", "--set", '{"steps": 2}', "--quiet"]
+FAST = ["--prompts", "2", "--seeds", "0-1", "--methods", "merge,base", "--set", '{"steps": 2}', "--quiet", "--no-scores"]
 
 
 def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -31,7 +31,7 @@ def test_a_sweep_is_resumed_and_split_without_a_difference(tmp_path):
     assert "| merge | 4 |" in whole.stdout and (tmp_path / "whole/grid.png").exists()
     lines = (tmp_path / "whole/results-0.jsonl").read_bytes().splitlines(keepends=True)
     assert len(lines) == 8
-    # cut in the middle of a line, as a kill would
+    # cut in the middle of a batch and of a line, as a kill would
     part = tmp_path / "part/results-0.jsonl"
     part.parent.mkdir()
     part.write_bytes(b"".join(lines[:3]) + lines[3][:20])
@@ -49,7 +49,8 @@ def test_a_sweep_is_resumed_and_split_without_a_difference(tmp_path):
 @pytest.mark.parametrize("arguments, word", [
     (["--methods", "magic"], "magic"), (["--seeds", ""], "--seeds"), (["--seeds", "9-1"], "9-1"),
     (["--sets", "nowhere.json"], "nowhere.json"), (["--sets", "bad.json"], "cat.safetensors"),
-    (["--set", '{"nonsense": 1}'], "nonsense"), (["--model", "nowhere"], "nowhere")])
+    (["--set", '{"nonsense": 1}'], "nonsense"), (["--model", "nowhere"], "nowhere"),
+    (["--batch", "0"], "--batch")])
 def test_bad_input(arguments, word, tmp_path):
     (tmp_path / "bad.json").write_text(json.dumps([{"prompt": "a cat", "loras": [["cat.safetensors", "cat"]]}]))
     done = run(*FAST, *arguments, cwd=tmp_path)
@@ -58,7 +59,7 @@ def test_bad_input(arguments, word, tmp_path):
 
 
 def test_results_of_other_settings_are_not_mixed(tmp_path):
-    short = ["--prompts", "1", "--seeds", "0", "--methods", "base", "--quiet", "--out", "r"]
+    short = ["--prompts", "1", "--seeds", "0", "--methods", "base", "--quiet", "--no-scores", "--out", "r"]
     assert run(*short, "--set", '{"steps": 2}', cwd=tmp_path).returncode == 0
     before = (tmp_path / "r/results-0.jsonl").read_bytes()
     done = run(*short, "--set", '{"steps": 3}', cwd=tmp_path)

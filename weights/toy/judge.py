@@ -64,14 +64,14 @@ class Judge(nn.Module):
     def look(self, pictures: np.ndarray) -> list[list[Seen]]:
         """uint8 [B, 128, 128, 3] -> the objects of each picture, left to right."""
         device = self.manner.weight.device
-        batch = torch.from_numpy(np.ascontiguousarray(pictures)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        batch = torch.from_numpy(np.array(pictures)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
         kinds, looks, _ = self(batch)
         return [objects_of(kind.cpu(), look.cpu()) for kind, look in zip(kinds.log_softmax(1), looks.log_softmax(1))]
 
     @torch.no_grad()
     def styles(self, pictures: np.ndarray) -> list[str]:
         """uint8 [B, 128, 128, 3] -> "", "sketch" or "duotone" for each."""
-        batch = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        batch = torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
         return [MANNERS[n] for n in self(batch.to(self.manner.weight.device))[2].argmax(1).tolist()]
 
 
