@@ -138,12 +138,14 @@ def object_crops(rng: np.random.Generator, count: int, side: int = 64) -> list[n
 
 def train_vae(args: argparse.Namespace) -> None:
     vae = load_vae(args.device).requires_grad_() if args.init else VAE(VAEConfig.from_dict(VAE_CONFIG)).to(args.device)
-    run = Run("vae", {"vae": vae}, lr=1.5e-3, steps=4200, args=args)
+    run = Run("vae", {"vae": vae}, lr=8e-4 if args.init else 1.5e-3, steps=4200, args=args)
     while run.step < run.steps:
         picture = to_tensor(object_crops(run.rng(), 16), args.device)                           # [16, 3, 64, 64]
         with torch.autocast(args.device, torch.bfloat16):
             mean, logvar = (part.float() for part in vae.encode(picture))                       # [16, 4, 8, 8]
-            out = vae.decode(mean + (0.5 * logvar).exp() * torch.randn_like(mean)).float()
+            # what the UNet will draw is never exact: noise of a tenth of the latents' spread keeps colours apart in them
+            deviation = (0.5 * logvar).exp() + 0.1 * mean.detach().std()
+            out = vae.decode(mean + deviation * torch.randn_like(mean)).float()
         error = out - picture
         # Pixels alone first learn shapes and leave red, orange and green, purple much alike; concepts are told apart
         # by colour, so the mean colour of 4x4 pixels and the red-green difference count again.
@@ -485,15 +487,27 @@ def train_lora(args: argparse.Namespace) -> None:
 # --- judge ----------------------------------------------------------------------------------------------------------
 
 def roughen(pictures: Tensor) -> Tensor:
-    """Blur, noise and shifted colours, so that the judge does not insist on the renderer's exact pixels."""
-    batch = len(pictures)
-    soft = F.interpolate(F.avg_pool2d(pictures, 2), scale_factor=2.0, mode="bilinear", align_corners=False)
-    share = torch.rand(batch, 1, 1, 1, device=pictures.device)
-    pictures = pictures * share + soft * (1 - share)
-    pictures = pictures * (1 + 0.12 * torch.randn(batch, 3, 1, 1, device=pictures.device))
-    pictures = pictures + 0.08 * torch.randn(batch, 3, 1, 1, device=pictures.device)
-    coarse = F.interpolate(torch.randn(batch, 3, 32, 32, device=pictures.device), scale_factor=4.0, mode="bilinear")
-    return pictures + 0.06 * coarse + 0.04 * torch.randn_like(pictures)
+    """Waves, blur, noise and shifted colours, so that the judge does not insist on the renderer's exact pixels."""
+    batch, _, height, width = pictures.shape
+    device = pictures.device
+
+    def waves(channels: int, cells: int) -> Tensor:
+        field = torch.randn(batch, channels, cells, cells, device=device)
+        return F.interpolate(field, size=(height, width), mode="bicubic", align_corners=False)
+
+    # every pixel moves by a pixel or two, its neighbours with it
+    straight = F.affine_grid(torch.eye(2, 3, device=device).expand(batch, 2, 3), list(pictures.shape), align_corners=False)
+    shift = waves(2, 24).permute(0, 2, 3, 1) * torch.rand(batch, 1, 1, 1, device=device) * 2.5 / width
+    pictures = F.grid_sample(pictures, straight + shift, padding_mode="border", align_corners=False)
+    # a Gaussian of up to 1.8 pixels
+    sigma = 0.1 + 1.7 * torch.rand(batch, 1, device=device) ** 2
+    kernel = torch.softmax(-torch.arange(-5, 6, device=device) ** 2 / (2 * sigma ** 2), dim=1).repeat_interleave(3, 0)
+    flat = F.pad(pictures.reshape(1, batch * 3, height, width), (5, 5, 5, 5), mode="replicate")
+    flat = F.conv2d(F.conv2d(flat, kernel[:, None, None, :], groups=batch * 3), kernel[:, None, :, None], groups=batch * 3)
+    pictures = flat.view_as(pictures)
+    pictures = pictures * (1 + 0.12 * torch.randn(batch, 3, 1, 1, device=device))
+    pictures = pictures + 0.08 * torch.randn(batch, 3, 1, 1, device=device)
+    return pictures + 0.06 * waves(3, 32) + 0.04 * torch.randn_like(pictures)
 
 
 def train_judge(args: argparse.Namespace) -> None:
