@@ -227,7 +227,7 @@ def run(args: argparse.Namespace) -> None:
             clora.make_plan(model, args.prompt, subjects, style, args.negative, args.method, recipe)
         for b, seed in enumerate(chunk):
             settings = settings_of(args, recipe, model, subjects, style, seed, size)
-            picture = clora.decode(model, steps[-1].latents[b:b + 1])[0].numpy()
+            picture = clora.decode(model, steps[-1].latents[b:b + 1], args.low_memory)[0].numpy()
             path = out / f"{args.method}-{seed}.png"
             report.save_picture(path, picture, settings)
             print(path)
@@ -235,7 +235,7 @@ def run(args: argparse.Namespace) -> None:
                 report.save_trace(trace if len(seeds) == 1 else trace.with_stem(f"{trace.stem}-{seed}"),
                                   [step.picture(b) for step in steps])
             if panel:
-                other = clora.decode(model, merged[b:b + 1])[0].numpy()
+                other = clora.decode(model, merged[b:b + 1], args.low_memory)[0].numpy()
                 names = [subject.trigger for subject in subjects]
                 path = out / f"{args.method}-{seed}-panel.png"
                 sheet = report.panel(picture, other, steps[len(steps) // 2].picture(b), plan.words, names)

@@ -426,11 +426,12 @@ def expect_finite(finite: Tensor, step: int) -> None:
         raise ValueError(f"the latents became NaN at step {step}: try --dtype float32, a smaller --alpha or other weights")
 
 
-def decode(model: Model, latents: Tensor) -> Tensor:
+def decode(model: Model, latents: Tensor, low_memory: bool = False) -> Tensor:
     """Latents [B, 4, h, w] -> pictures uint8 [B, H, W, 3]."""
     dtype = next(model.vae.parameters()).dtype
     with torch.no_grad():
-        picture = model.vae.decode(latents.to(dtype) / model.vae.config.scaling_factor)     # [B, 3, H, W]
+        scaled = latents.to(dtype) / model.vae.config.scaling_factor
+        picture = model.vae.decode(scaled, bands=8 if low_memory else 1)                    # [B, 3, H, W]
     return ((picture.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 

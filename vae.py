@@ -9,8 +9,10 @@ Module names are those of the diffusers checkpoint. Shapes: B rows, C channels, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -49,6 +51,36 @@ class VAEConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
+def norm_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor, bands: int = 1) -> Tensor:
+    """conv(silu(norm(x))), 3x3: [B, C, h, w] -> [B, C', h, w].
+
+    In several bands of rows, what lies between norm and conv exists a band at a time: equal to rounding.
+    """
+    if bands == 1:
+        return conv(F.silu(norm(x)))
+    assert norm.weight is not None and norm.bias is not None
+    variance, mean = torch.var_mean(x.unflatten(1, (norm.num_groups, -1)), dim=(2, 3, 4), correction=0)     # [B, G]
+    scale = (variance + norm.eps).rsqrt().repeat_interleave(x.shape[1] // norm.num_groups, dim=1) * norm.weight     # [B, C]
+    shift = norm.bias - mean.repeat_interleave(x.shape[1] // norm.num_groups, dim=1) * scale
+    return conv_in_bands(conv, x, bands, lambda band: F.silu(band * scale[:, :, None, None] + shift[:, :, None, None]))
+
+
+def conv_in_bands(conv: nn.Conv2d, x: Tensor, bands: int, before: Callable[[Tensor], Tensor], factor: int = 1) -> Tensor:
+    """conv(before(x)) band by band, for a 3x3 convolution and a `before` that works on single rows and makes `factor`
+    rows of each: [B, C, h, w] -> [B, C', factor * h, factor * w]."""
+    height, width = x.shape[2:]
+    out = x.new_empty(len(x), conv.out_channels, height * factor, width * factor)
+    bands = min(bands, height)
+    edges = [height * n // bands for n in range(bands + 1)]
+    for top, end in zip(edges, edges[1:]):
+        above, below = min(top, 1), min(height - end, 1)                            # rows that the 3x3 sees beyond the band
+        y = before(x[:, :, top - above:end + below])
+        y = y[:, :, above * (factor - 1):y.shape[2] - below * (factor - 1)]         # one row of them is enough
+        y = F.pad(y, (0, 0, 1 - above, 1 - below))
+        out[:, :, top * factor:end * factor] = F.conv2d(y, conv.weight, conv.bias, padding=(0, 1))
+    return out
+
+
 class ResnetBlock2D(nn.Module):
     def __init__(self, inputs: int, outputs: int, groups: int):
         super().__init__()
@@ -58,11 +90,11 @@ class ResnetBlock2D(nn.Module):
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bands: int = 1) -> Tensor:
         """[B, C_in, h, w] -> [B, C_out, h, w]."""
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        y = norm_conv(self.norm1, self.conv1, x, bands)
+        y = norm_conv(self.norm2, self.conv2, y, bands)
+        return y.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class Attention(nn.Module):
@@ -90,9 +122,9 @@ class Middle(nn.Module):
         self.resnets = nn.ModuleList([ResnetBlock2D(channels, channels, groups) for _ in range(2)])
         self.attentions = nn.ModuleList([Attention(channels, groups)])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bands: int = 1) -> Tensor:
         """[B, C, h, w] -> [B, C, h, w]."""
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, bands)), bands)
 
 
 class Downsample2D(nn.Module):
@@ -100,7 +132,7 @@ class Downsample2D(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bands: int = 1) -> Tensor:
         """[B, C, h, w] -> [B, C, h/2, w/2]; padded on the right and below alone, as it was trained."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
@@ -110,9 +142,11 @@ class Upsample2D(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bands: int = 1) -> Tensor:
         """[B, C, h, w] -> [B, C, 2h, 2w]."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        def double(rows: Tensor) -> Tensor:
+            return F.interpolate(rows, scale_factor=2.0, mode="nearest")
+        return self.conv(double(x)) if bands == 1 else conv_in_bands(self.conv, x, bands, double, factor=2)
 
 
 class Block(nn.Module):
@@ -125,10 +159,10 @@ class Block(nn.Module):
         self.downsamplers = nn.ModuleList([Downsample2D(outputs)] if down else [])
         self.upsamplers = nn.ModuleList([Upsample2D(outputs)] if up else [])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bands: int = 1) -> Tensor:
         """[B, C_in, h, w] -> [B, C_out, h', w']."""
         for layer in (*self.resnets, *self.downsamplers, *self.upsamplers):
-            x = layer(x)
+            x = layer(x, bands)
         return x
 
 
@@ -164,12 +198,12 @@ class Decoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bands: int = 1) -> Tensor:
         """[B, 4, h, w] -> [B, 3, 8h, 8w]."""
-        x = self.mid_block(self.conv_in(x))
+        x = self.mid_block(self.conv_in(x), bands)
         for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+            x = block(x, bands)
+        return norm_conv(self.conv_norm_out, self.conv_out, x, bands)
 
 
 class VAE(nn.Module):
@@ -187,9 +221,12 @@ class VAE(nn.Module):
         mean, logvar = self.quant_conv(self.encoder(picture)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """latents [B, 4, h, w] (already divided by the scaling factor) -> picture [B, 3, 8h, 8w], about [-1, 1]."""
-        return self.decoder(self.post_quant_conv(latents))
+    def decode(self, latents: Tensor, bands: int = 1) -> Tensor:
+        """latents [B, 4, h, w] (already divided by the scaling factor) -> picture [B, 3, 8h, 8w], about [-1, 1].
+
+        More `bands` need less memory, for the same picture to rounding.
+        """
+        return self.decoder(self.post_quant_conv(latents), bands)
 
     def forward(self, picture: Tensor) -> Tensor:
         """picture -> its reconstruction from the mean, same shape."""

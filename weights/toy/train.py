@@ -138,6 +138,9 @@ def object_crops(rng: np.random.Generator, count: int, side: int = 64) -> list[n
 
 def train_vae(args: argparse.Namespace) -> None:
     vae = load_vae(args.device).requires_grad_() if args.init else VAE(VAEConfig.from_dict(VAE_CONFIG)).to(args.device)
+    if args.decoder_only:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
     run = Run("vae", {"vae": vae}, lr=8e-4 if args.init else 1.5e-3, steps=4200, args=args)
     while run.step < run.steps:
         picture = to_tensor(object_crops(run.rng(), 16), args.device)                           # [16, 3, 64, 64]
@@ -151,7 +154,8 @@ def train_vae(args: argparse.Namespace) -> None:
         # by colour, so the mean colour of 4x4 pixels and the red-green difference count again.
         coarse = F.avg_pool2d(error, 4)                                                         # [16, 3, 16, 16]
         red_green = coarse[:, 0] - coarse[:, 1]
-        reconstruction = (error.abs().mean() + error.pow(2).mean() + 2 * coarse.abs().mean()
+        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()                 # else dots melt together
+        reconstruction = (error.abs().mean() + error.pow(2).mean() + edges + 2 * coarse.abs().mean()
                           + 2 * red_green.abs().mean())
         kl = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean()
         run.backward(reconstruction + 3e-4 * kl, l1=error.abs().mean(), kl=kl)
@@ -594,6 +598,7 @@ if __name__ == "__main__":
     parser.add_argument("--stage", choices=STAGES, required=True)
     parser.add_argument("--resume", action="store_true", help="continue from work/<stage>.pt")
     parser.add_argument("--init", action="store_true", help="stages vae and unet: begin at the weights next to this file")
+    parser.add_argument("--decoder-only", action="store_true", help="stage vae: leave the encoder (and latents) alone")
     parser.add_argument("--steps", type=int, help="train for fewer or more steps than the stage's own number")
     parser.add_argument("--only", nargs="+", choices=LORAS, help="stage lora: train these alone")
     parser.add_argument("--threads", type=int, help="CPU threads")

@@ -1,0 +1,284 @@
+"""Times and weighs CLoRA at SD 1.5's size against a plain peer: python bench/clora.py [--quick]
+
+Both run the same random weights, LoRAs and latents with the same number of threads, one after the other in one
+process, several times; before that they must agree on maps, loss and gradient. Peak memory is taken in a fresh process
+for each figure. The peer, bench/peer.py, is CLoRA as it is written today with diffusers and PEFT.
+
+    guidance    one latent update: maps of all variants, the loss, its gradient
+    step        one denoising step without an update: noise and masks of all variants, both guidance halves
+    image       counted: 50 steps, updates at steps 0 to 25, 20 refinements each at 0, 10 and 20. Ours (recipe paper)
+                86 guidance passes and 50 steps; the peer 86 guidance passes and 24 steps, since it takes the noise
+                of an updated step from the same forward. The VAE and the text encoder, under 3 %, are left out.
+
+Prints a Markdown table and writes bench/results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)                             # else "import clora" would find this very file
+sys.path.append(str(ROOT / "bench"))
+import clora  # noqa: E402
+import lora  # noqa: E402
+from unet import UNet, UNetConfig  # noqa: E402
+
+RANK, UPDATES, STEPS = 16, 86, 50
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+GIB = 2 ** 30
+
+
+def make_loras(unet: UNet, count: int) -> list[lora.LoRA]:
+    """LoRAs of rank 16 on every projection of the attention layers, as trainers make them by default."""
+    generator = torch.Generator().manual_seed(1)
+    names = [name for name, module in unet.named_modules()
+             if isinstance(module, torch.nn.Linear) and name.rsplit(".", 1)[-1] in ("to_q", "to_k", "to_v", "0")
+             and ".attn" in name]
+    loras = []
+    for n in range(count):
+        layers = {}
+        for name in names:
+            weight = unet.get_submodule(name).weight
+            layers[name] = lora.LoRALayer(torch.randn(RANK, weight.shape[1], generator=generator) * 0.05,
+                                          torch.randn(weight.shape[0], RANK, generator=generator) * 0.05)
+        loras.append(lora.LoRA(Path(f"l{n}"), f"l{n}", "peft LoRA", "", (RANK,), layers, {}, {}))
+    return loras
+
+
+class Ours:
+    def __init__(self, unet: UNet, loras: list[lora.LoRA], context: Tensor, concepts, words, options: argparse.Namespace):
+        lora.attach(unet, loras)
+        variants, place = len(loras) + 1, {"device": context.device, "dtype": context.dtype}
+        adapters = torch.cat([torch.zeros(1, len(loras)), torch.eye(len(loras))]).repeat(2, 1).to(**place)
+        with torch.no_grad():
+            keys = unet.text_keys(context, adapters)
+        self.plan = clora.Plan(("",) * variants, context, adapters, concepts, words, keys=keys)
+        self.unet, self.layers, self.recipe = unet, unet.map_layers(2), clora.RECIPES["paper"]
+        self.variants, self.low_memory = variants, options.low_memory
+
+    def guidance(self, latents: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        return clora.contrast(self.unet, latents, t, self.plan, self.layers, self.recipe, self.low_memory)
+
+    @torch.inference_mode()
+    def maps(self, latents: Tensor, t: int) -> Tensor:
+        rows = range(self.variants, 2 * self.variants)
+        _, probs = clora.predict(self.unet, latents, t, self.plan, rows, self.layers, stop_after_maps=True)
+        return clora.read_maps(probs, latents.shape[2:], self.variants, "cond")[0]
+
+    def step(self, latents: Tensor, t: int) -> Tensor:
+        rows = [*range(2 * self.variants)]
+        with torch.inference_mode():
+            parts = [clora.predict(self.unet, latents, t, self.plan, part, self.layers)
+                     for part in ([[row] for row in rows] if self.low_memory else [rows])]
+            noise = torch.cat([noise for noise, _ in parts], dim=1)
+            probs = [torch.cat(layer, dim=1) for layer in zip(*(probs for _, probs in parts))]
+            maps = clora.read_maps(probs, latents.shape[2:], self.variants, "cond")
+            masks = torch.stack([clora.variant_masks(one, self.plan.words, latents.shape[2:], self.recipe) for one in maps])
+            uncond, cond = noise.chunk(2, dim=1)
+            return clora.guide(clora.blend(uncond, masks), clora.blend(cond, masks), self.recipe)
+
+
+class Theirs:
+    def __init__(self, unet, loras: list[lora.LoRA], context: Tensor, concepts, size: tuple[int, int]):
+        from peer import Peer
+        for one in loras:
+            state = {}
+            for name, layer in one.unet.items():
+                state |= {f"{name}.lora_A.weight": layer.down, f"{name}.lora_B.weight": layer.up}
+            unet.load_lora_adapter(state, adapter_name=one.name, prefix=None)
+        unet.requires_grad_(False)
+        self.peer = Peer(unet, [one.name for one in loras], *size)
+        self.context, self.concepts = context, concepts
+
+    def guidance(self, latents: Tensor, t: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.peer.guidance(latents, t, self.context, self.concepts, clora.RECIPES["paper"].temperature)
+
+    def step(self, latents: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        return self.peer.plain(latents, t, self.context)
+
+
+def build(who: str, k: int, side: int, options: argparse.Namespace) -> tuple[dict, Tensor]:
+    """-> ({"ours": ..., "peer": ...} as far as `who` asks, latents). Weights are shared between the two."""
+    torch.manual_seed(0)
+    device, dtype = options.device, DTYPES[options.dtype]
+    h = side // 8
+    variants = k + 1
+    with torch.no_grad():
+        if who == "ours":
+            unet = UNet(UNetConfig()).eval().requires_grad_(False).to(device, dtype)
+        else:
+            import diffusers
+            theirs = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8,
+                                                    block_out_channels=(320, 640, 1280, 1280)).eval().requires_grad_(False)
+            theirs.to(device, dtype)
+            with torch.device("meta"):
+                unet = UNet(UNetConfig()).eval()
+            unet.load_state_dict(theirs.state_dict(), assign=True)
+            unet.requires_grad_(False)
+    generator = torch.Generator().manual_seed(2)
+    context = torch.randn(2 * variants, 77, 768, generator=generator).to(device, dtype)
+    latents = torch.randn(1, 4, h, h, generator=generator).to(device, dtype)
+    # each subject: one token in the other prompts, two (trigger and noun) in its own
+    words = tuple((2 + 3 * n, 3 + 3 * n) for n in range(k))
+    concepts = tuple(tuple((v, token) for v in range(variants) for token in (own if v == n + 1 else own[1:]))
+                     for n, own in enumerate(words))
+    loras = make_loras(unet, k)
+    made: dict = {}
+    if who != "peer":
+        made["ours"] = Ours(unet, loras, context, concepts, words, options)
+    if who != "ours":
+        made["peer"] = Theirs(theirs, loras, context, concepts, (h, h))
+    return made, latents
+
+
+def check(made: dict, latents: Tensor, k: int) -> None:
+    """Both must compute the same thing before their times mean anything. With one subject there is nothing to contrast."""
+    tolerance = 1e-4 if latents.dtype == torch.float32 else 5e-2
+    loss, gradient = made["ours"].guidance(latents, 500)
+    their_loss, their_gradient, their_maps = made["peer"].guidance(latents, 500)
+    pairs = {"maps": (made["ours"].maps(latents, 500), their_maps)}
+    if k > 1:
+        pairs |= {"loss": (loss[0], their_loss), "gradient": (gradient, their_gradient)}
+    for name, (mine, other) in pairs.items():
+        error = ((mine.float() - other.float()).norm() / other.float().norm()).item()
+        print(f"  {name} differ by {error:.1e}", file=sys.stderr)
+        if not error < tolerance:
+            raise SystemExit(f"{name} of ours and the peer differ by {error:.1e}, more than {tolerance}: nothing was timed")
+
+
+def seconds(call, *inputs) -> float:
+    """One call, by device events on CUDA."""
+    if inputs[0].is_cuda:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call(*inputs)
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
+    begin = time.perf_counter()
+    call(*inputs)
+    return time.perf_counter() - begin
+
+
+def time_both(k: int, side: int, options: argparse.Namespace) -> dict:
+    """Seconds of every call by name, alternating: {"ours guidance": [...], "peer guidance": [...], ...}."""
+    who = "both" if side <= options.peer_up_to else "ours"
+    made, latents = build(who, k, side, options)
+    if "peer" in made:
+        check(made, latents, k)
+    calls = {f"{name} {what}": getattr(one, what) for what in ("guidance", "step") for name, one in made.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for run in range(options.runs + 1):
+        for name, call in calls.items():
+            taken = seconds(call, latents, 500)
+            if run:                                     # the first is for warming up
+                times[name].append(taken)
+    return times
+
+
+def memory(who: str, what: str, k: int, side: int, options: argparse.Namespace) -> dict:
+    """In a process of its own: bytes at the peak, and with weights and LoRAs loaded but nothing run."""
+    command = [sys.executable, __file__, "--measure", who, what, str(k), str(side), "--device", options.device, "--dtype",
+               options.dtype, "--threads", str(options.threads), *(["--low-memory"] if options.low_memory else [])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or [f"killed by signal {-done.returncode}"])[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(who: str, what: str, k: int, side: int, options: argparse.Namespace) -> None:
+    """What the process started by `memory` does."""
+    made, latents = build(who, k, side, options)
+    gc.collect()
+    cuda = latents.is_cuda
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    else:                                               # the kernel's own count of the peak starts again at what is held now
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def peak() -> int:
+        if cuda:
+            return torch.cuda.max_memory_allocated()
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak()
+    getattr(made[who], what)(latents, 500)
+    print(json.dumps({"weights": before, "peak": peak()}))
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def main(options: argparse.Namespace) -> None:
+    torch.set_num_threads(options.threads)
+    if options.measure:
+        who, what, k, side = options.measure
+        return measure(who, what, int(k), int(side), options)
+    rows, results = [], []
+    for side in options.sizes:
+        for k in options.loras:
+            print(f"{side}x{side}, {k} LoRAs", file=sys.stderr)
+            times = time_both(k, side, options)
+            gc.collect()
+            for who in ("ours", "peer"):
+                if f"{who} guidance" in times:
+                    steps = STEPS if who == "ours" else STEPS - 26
+                    times[f"{who} image"] = [UPDATES * g + steps * s for g, s in
+                                             zip(times[f"{who} guidance"], times[f"{who} step"])]
+            result: dict = {"size": side, "loras": k, "seconds": times, "memory": {}}
+            for who in ("ours", "peer"):
+                for what in ("guidance", "step"):
+                    if f"{who} {what}" in times and not options.no_memory:
+                        result["memory"][f"{who} {what}"] = memory(who, what, k, side, options)
+            results.append(result)
+            for what in ("guidance", "step", "image"):
+                mine, other = times[f"ours {what}"], times.get(f"peer {what}")
+                ratio = f"{statistics.median(mine) / statistics.median(other):.2f}" if other else ""
+                cells = [f"{side}", f"{k}", what, spread(mine), spread(other) if other else "not run", ratio]
+                for who in ("ours", "peer"):
+                    held = [found for name, found in result["memory"].items() if name.startswith(who) and
+                            (what == "image" or name.endswith(what))]
+                    good = [found for found in held if "peak" in found]
+                    cells.append(f"{max(found['peak'] for found in good) / GIB:.2f}, "
+                                 f"{max(found['peak'] - found['weights'] for found in good) / GIB:.2f}" if good else
+                                 (held[0]["error"] if held else "not run"))
+                rows.append("| " + " | ".join(cells) + " |")
+    facts = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if options.device == "cuda" else
+             platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "dtype": options.dtype,
+             "low_memory": options.low_memory, "runs": options.runs, "results": results}
+    Path(options.out).write_text(json.dumps(facts, indent=1) + "\n")
+    print("| size | LoRAs | what | ours, s | peer, s | ratio | ours: peak, beyond the weights, GiB | peer: the same |")
+    print("|---" * 8 + "|")
+    print("\n".join(rows))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 384, 512])
+    parser.add_argument("--loras", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--low-memory", action="store_true", help="ours one variant at a time")
+    parser.add_argument("--no-memory", action="store_true", help="times alone")
+    parser.add_argument("--peer-up-to", type=int, default=384, help="largest size at which the peer is run too")
+    parser.add_argument("--out", default=str(ROOT / "bench/results.json"))
+    parser.add_argument("--measure", nargs=4, metavar=("WHO", "WHAT", "K", "SIZE"), help=argparse.SUPPRESS)
+    main(parser.parse_args())

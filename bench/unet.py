@@ -1,0 +1,97 @@
+"""Times one forward of the bare UNet and one VAE decode, ours against diffusers: python bench/unet.py
+
+Same random weights (shared), inputs and threads; the two alternate in one process; diffusers uses its own default,
+PyTorch's fused attention. Prints a Markdown table. On CUDA, device events.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import diffusers
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)                             # else "import unet" would find this very file
+from unet import UNet, UNetConfig  # noqa: E402
+from vae import VAE, VAEConfig  # noqa: E402
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def pair(theirs: torch.nn.Module, make, options: argparse.Namespace) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Ours with the weights of theirs."""
+    theirs = theirs.eval().requires_grad_(False).to(options.device, DTYPES[options.dtype])
+    with torch.device("meta"):
+        ours = make().eval()
+    ours.load_state_dict(theirs.state_dict(), assign=True)
+    if options.device == "cuda":
+        ours, theirs = (module.to(memory_format=torch.channels_last) for module in (ours, theirs))
+    return ours.requires_grad_(False), theirs
+
+
+def alternate(calls: dict, runs: int, cuda: bool) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for run in range(runs + 1):
+        for name, call in calls.items():
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            if cuda:
+                torch.cuda.synchronize()
+            if run:                                     # the first is for warming up
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+@torch.inference_mode()
+def main(options: argparse.Namespace) -> None:
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    device, dtype = options.device, DTYPES[options.dtype]
+    print("| what | size | rows | ours, s | diffusers, s | ratio |\n|---|---|---|---|---|---|")
+
+    def report(what: str, side: int, rows: int, calls: dict) -> None:
+        out = [call() for call in calls.values()]
+        error = ((out[0] - out[1]).float().norm() / out[1].float().norm()).item()
+        if error > (1e-4 if dtype == torch.float32 else 5e-2):
+            raise SystemExit(f"{what}: the two differ by {error:.1e}; nothing was timed")
+        times = alternate(calls, options.runs, device == "cuda")
+        middle = [statistics.median(values) for values in times.values()]
+        cells = [f"{statistics.median(v):.3f} ({min(v):.3f} to {max(v):.3f})" for v in times.values()]
+        print(f"| {what} | {side}x{side} | {rows} | {' | '.join(cells)} | {middle[0] / middle[1]:.3f} |", flush=True)
+
+    theirs = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8,
+                                            block_out_channels=(320, 640, 1280, 1280))
+    ours, theirs = pair(theirs, lambda: UNet(UNetConfig()), options)
+    for side in options.sizes:
+        for rows in options.rows:
+            latents = torch.randn(rows, 4, side // 8, side // 8, device=device, dtype=dtype)
+            context = torch.randn(rows, 77, 768, device=device, dtype=dtype)
+            report("UNet", side, rows, {"ours": lambda: ours(latents, 500, context)[0],                     # noqa: B023
+                                        "diffusers": lambda: theirs(latents, 500, context).sample})         # noqa: B023
+    del ours, theirs
+    theirs = diffusers.AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4)
+    ours, theirs = pair(theirs, lambda: VAE(VAEConfig()), options)
+    for side in options.sizes:
+        latents = torch.randn(1, 4, side // 8, side // 8, device=device, dtype=dtype)
+        report("VAE decode", side, 1, {"ours": lambda: ours.decode(latents),                                # noqa: B023
+                                       "diffusers": lambda: theirs.decode(latents).sample})                 # noqa: B023
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 384, 512])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    main(parser.parse_args())
