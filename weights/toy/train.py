@@ -287,15 +287,16 @@ def map_loss(probs: dict[str, Tensor], where: Tensor, weight: Tensor) -> Tensor:
     return local + looking
 
 
-def cached_scenes(vae: VAE, device: str) -> dict:
-    """Latents (mean and deviation), captions and object positions of the training scenes, made once."""
-    path = WORK / "scenes.pt"
+def cached_scenes(vae: VAE, device: str, count: int = SCENES) -> dict:
+    """Latents (mean and deviation), captions and object positions of `count` training scenes, made once."""
+    WORK.mkdir(exist_ok=True)
+    path = WORK / f"scenes-{count}.pt"
     if path.exists():
         return torch.load(path, weights_only=True)
     rng = np.random.default_rng(7)
     means, deviations, where, texts = [], [], [], []
     with torch.no_grad(), torch.autocast(device, torch.bfloat16):
-        for _ in range(SCENES // 48):
+        for _ in range(count // 48):
             scenes = [nonsense(renderer.random_scene(rng), rng) for _ in range(48)]
             batch = [renderer.caption(scene) for scene in scenes]
             mean, logvar = vae.encode(to_tensor([renderer.render(scene) for scene in scenes], device))
@@ -439,7 +440,7 @@ def train_lora(args: argparse.Namespace) -> None:
     model = load_model(HERE, args.device)
     tokenizer, text, unet, vae = model.text.tokenizer, model.text.model, model.unet, model.vae
     alphas, scale = noise_schedule(args.device), vae.config.scaling_factor
-    prior = cached_scenes(vae, args.device)
+    prior = cached_scenes(vae, args.device, 1_920)
 
     def ids_of(texts: list[str]) -> Tensor:
         return tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt").input_ids.to(args.device)
