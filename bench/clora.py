@@ -1,4 +1,4 @@
-"""Times and weighs CLoRA at SD 1.5's size against a plain peer: python bench/clora.py [--quick]
+"""Times and weighs CLoRA at SD 1.5's size against a plain peer: python bench/clora.py
 
 Both run the same random weights, LoRAs and latents with the same number of threads, one after the other in one
 process, several times; before that they must agree on maps, loss and gradient. Peak memory is taken in a fresh process
@@ -9,13 +9,17 @@ for each figure. The peer, bench/peer.py, is CLoRA as it is written today with d
     image       counted: 50 steps, updates at steps 0 to 25, 20 refinements each at 0, 10 and 20. Ours (recipe paper)
                 86 guidance passes and 50 steps; the peer 86 guidance passes and 24 steps, since it takes the noise
                 of an updated step from the same forward. The VAE and the text encoder, under 3 %, are left out.
+    fast image  ours with recipe fast, counted likewise, against the same image of the peer
 
+`share` is ours: operations counted by PyTorch over the seconds, as a part of the rate at which this device multiplies
+two 4096 x 4096 matrices of the same precision. With four or more numbers of LoRAs it ends with the cost of one more.
 Prints a Markdown table and writes bench/results.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import platform
@@ -26,8 +30,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)                             # else "import clora" would find this very file
@@ -36,7 +43,8 @@ import clora  # noqa: E402
 import lora  # noqa: E402
 from unet import UNet, UNetConfig  # noqa: E402
 
-RANK, UPDATES, STEPS = 16, 86, 50
+RANK = 16
+PAPER, FAST = clora.RECIPES["paper"], clora.RECIPES["fast"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GIB = 2 ** 30
 
@@ -66,11 +74,11 @@ class Ours:
         with torch.no_grad():
             keys = unet.text_keys(context, adapters)
         self.plan = clora.Plan(("",) * variants, context, adapters, concepts, words, keys=keys)
-        self.unet, self.layers, self.recipe = unet, unet.map_layers(2), clora.RECIPES["paper"]
+        self.unet, self.layers = unet, unet.map_layers(2)
         self.variants, self.low_memory = variants, options.low_memory
 
     def guidance(self, latents: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        return clora.contrast(self.unet, latents, t, self.plan, self.layers, self.recipe, self.low_memory)
+        return clora.contrast(self.unet, latents, t, self.plan, self.layers, PAPER, self.low_memory)
 
     @torch.inference_mode()
     def maps(self, latents: Tensor, t: int) -> Tensor:
@@ -78,17 +86,21 @@ class Ours:
         _, probs = clora.predict(self.unet, latents, t, self.plan, rows, self.layers, stop_after_maps=True)
         return clora.read_maps(probs, latents.shape[2:], self.variants, "cond")[0]
 
-    def step(self, latents: Tensor, t: int) -> Tensor:
-        rows = [*range(2 * self.variants)]
+    def step(self, latents: Tensor, t: int, recipe: clora.Recipe = PAPER) -> Tensor:
+        count = 1 if recipe.uncond_from == "base" else self.variants                # unconditional rows
+        rows = [*range(count), *range(self.variants, 2 * self.variants)]
         with torch.inference_mode():
             parts = [clora.predict(self.unet, latents, t, self.plan, part, self.layers)
                      for part in ([[row] for row in rows] if self.low_memory else [rows])]
             noise = torch.cat([noise for noise, _ in parts], dim=1)
             probs = [torch.cat(layer, dim=1) for layer in zip(*(probs for _, probs in parts))]
             maps = clora.read_maps(probs, latents.shape[2:], self.variants, "cond")
-            masks = torch.stack([clora.variant_masks(one, self.plan.words, latents.shape[2:], self.recipe) for one in maps])
-            uncond, cond = noise.chunk(2, dim=1)
-            return clora.guide(clora.blend(uncond, masks), clora.blend(cond, masks), self.recipe)
+            masks = torch.stack([clora.variant_masks(one, self.plan.words, latents.shape[2:], recipe) for one in maps])
+            uncond = noise[:, 0] if count == 1 else clora.blend(noise[:, :count], masks)
+            return clora.guide(uncond, clora.blend(noise[:, count:], masks), recipe)
+
+    def fast_step(self, latents: Tensor, t: int) -> Tensor:
+        return self.step(latents, t, FAST)
 
 
 class Theirs:
@@ -104,7 +116,7 @@ class Theirs:
         self.context, self.concepts = context, concepts
 
     def guidance(self, latents: Tensor, t: int) -> tuple[Tensor, Tensor, Tensor]:
-        return self.peer.guidance(latents, t, self.context, self.concepts, clora.RECIPES["paper"].temperature)
+        return self.peer.guidance(latents, t, self.context, self.concepts, PAPER.temperature)
 
     def step(self, latents: Tensor, t: int) -> tuple[Tensor, Tensor]:
         return self.peer.plain(latents, t, self.context)
@@ -173,20 +185,43 @@ def seconds(call, *inputs) -> float:
     return time.perf_counter() - begin
 
 
-def time_both(k: int, side: int, options: argparse.Namespace) -> dict:
-    """Seconds of every call by name, alternating: {"ours guidance": [...], "peer guidance": [...], ...}."""
+def count_passes(recipe: clora.Recipe) -> int:
+    """Guidance passes of an image: updates and refinements (all of them: a stop may save some)."""
+    updated = [i for i in range(recipe.steps) if i <= recipe.update_until and (i in recipe.refine_at
+                                                                               or i % recipe.update_every == 0)]
+    return len(updated) + recipe.refine_steps * len(set(updated) & set(recipe.refine_at))
+
+
+def operations(call, *inputs) -> int:
+    """Floating point operations of one call: two for each multiplication with its addition."""
+    # the counter does not know the CPU's fused attention, but the matrix products that it stands for
+    backend = contextlib.nullcontext() if inputs[0].is_cuda else sdpa_kernel(SDPBackend.MATH)
+    with FlopCounterMode(display=False) as counter, backend:
+        call(*inputs)
+    return counter.get_total_flops()
+
+
+def matrix_rate(options: argparse.Namespace) -> float:
+    """Operations a second in a product of two 4096 x 4096 matrices, the best of ten."""
+    a = torch.randn(4096, 4096, device=options.device).to(DTYPES[options.dtype])
+    return 2 * 4096 ** 3 / min(seconds(torch.mm, a, a) for _ in range(10))
+
+
+def time_both(k: int, side: int, options: argparse.Namespace) -> tuple[dict, dict]:
+    """Seconds of every call by name, alternating: {"ours guidance": [...], "peer guidance": [...], ...}, and of ours
+    the operations."""
     who = "both" if side <= options.peer_up_to else "ours"
     made, latents = build(who, k, side, options)
     if "peer" in made:
         check(made, latents, k)
     calls = {f"{name} {what}": getattr(one, what) for what in ("guidance", "step") for name, one in made.items()}
+    calls["ours fast step"] = made["ours"].fast_step
+    counted = {name: operations(call, latents, 500) for name, call in calls.items() if name.startswith("ours")}
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for run in range(options.runs + 1):
+    for _ in range(options.runs):                       # each has run before: in check, or to be counted
         for name, call in calls.items():
-            taken = seconds(call, latents, 500)
-            if run:                                     # the first is for warming up
-                times[name].append(taken)
-    return times
+            times[name].append(seconds(call, latents, 500))
+    return times, counted
 
 
 def memory(who: str, what: str, k: int, side: int, options: argparse.Namespace) -> dict:
@@ -225,47 +260,62 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
+def images(times: dict, counted: dict) -> None:
+    """Adds whole images to the seconds and to the operations."""
+    for name, recipe in (("image", PAPER), ("fast image", FAST)):
+        passes, step = count_passes(recipe), f"ours {name.replace('image', 'step')}"
+        times[f"ours {name}"] = [passes * g + recipe.steps * s for g, s in zip(times["ours guidance"], times[step])]
+        counted[f"ours {name}"] = passes * counted["ours guidance"] + recipe.steps * counted[step]
+    if "peer step" in times:
+        passes, plain = count_passes(PAPER), PAPER.steps - PAPER.update_until - 1
+        times["peer image"] = [passes * g + plain * s for g, s in zip(times["peer guidance"], times["peer step"])]
+        times["peer fast image"] = times["peer image"]
+
+
 def main(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     if options.measure:
         who, what, k, side = options.measure
         return measure(who, what, int(k), int(side), options)
-    rows, results = [], []
+    rows, results, rate = [], [], matrix_rate(options)
     for side in options.sizes:
         for k in options.loras:
             print(f"{side}x{side}, {k} LoRAs", file=sys.stderr)
-            times = time_both(k, side, options)
+            times, counted = time_both(k, side, options)
             gc.collect()
-            for who in ("ours", "peer"):
-                if f"{who} guidance" in times:
-                    steps = STEPS if who == "ours" else STEPS - 26
-                    times[f"{who} image"] = [UPDATES * g + steps * s for g, s in
-                                             zip(times[f"{who} guidance"], times[f"{who} step"])]
-            result: dict = {"size": side, "loras": k, "seconds": times, "memory": {}}
-            for who in ("ours", "peer"):
-                for what in ("guidance", "step"):
-                    if f"{who} {what}" in times and not options.no_memory:
-                        result["memory"][f"{who} {what}"] = memory(who, what, k, side, options)
-            results.append(result)
-            for what in ("guidance", "step", "image"):
+            images(times, counted)
+            held = {} if options.no_memory else {
+                f"{who} {what}": memory(who, what, k, side, options)
+                for who in ("ours", "peer") for what in ("guidance", "step") if f"{who} {what}" in times}
+            results.append({"size": side, "loras": k, "seconds": times, "operations": counted, "memory": held})
+            for what in ("guidance", "step", "image", "fast image"):
                 mine, other = times[f"ours {what}"], times.get(f"peer {what}")
                 ratio = f"{statistics.median(mine) / statistics.median(other):.2f}" if other else ""
-                cells = [f"{side}", f"{k}", what, spread(mine), spread(other) if other else "not run", ratio]
+                cells = [f"{side}", f"{k}", what, spread(mine), spread(other) if other else "not run", ratio,
+                         f"{counted[f'ours {what}'] / statistics.median(mine) / rate:.0%}"]
                 for who in ("ours", "peer"):
-                    held = [found for name, found in result["memory"].items() if name.startswith(who) and
-                            (what == "image" or name.endswith(what))]
-                    good = [found for found in held if "peak" in found]
-                    cells.append(f"{max(found['peak'] for found in good) / GIB:.2f}, "
-                                 f"{max(found['peak'] - found['weights'] for found in good) / GIB:.2f}" if good else
-                                 (held[0]["error"] if held else "not run"))
+                    found = [one for name, one in held.items() if name.startswith(who)
+                             and (what.endswith("image") or name.endswith(what))]
+                    cells.append(found[0]["error"] if found and "error" in found[0] else
+                                 f"{max(one['peak'] for one in found) / GIB:.2f}, "
+                                 f"{max(one['peak'] - one['weights'] for one in found) / GIB:.2f}" if found else "not run")
                 rows.append("| " + " | ".join(cells) + " |")
     facts = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if options.device == "cuda" else
              platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "dtype": options.dtype,
-             "low_memory": options.low_memory, "runs": options.runs, "results": results}
+             "low_memory": options.low_memory, "runs": options.runs, "matrix_rate": rate, "results": results}
     Path(options.out).write_text(json.dumps(facts, indent=1) + "\n")
-    print("| size | LoRAs | what | ours, s | peer, s | ratio | ours: peak, beyond the weights, GiB | peer: the same |")
-    print("|---" * 8 + "|")
+    print(f"matrix rate {rate / 1e12:.3g} TFLOP/s, {options.dtype}, {options.threads} threads\n")
+    print("| size | LoRAs | what | ours, s | peer, s | ratio | share | ours: peak, beyond the weights, GiB "
+          "| peer: the same |")
+    print("|---" * 9 + "|")
     print("\n".join(rows))
+    if len(options.loras) > 3:
+        for side in options.sizes:
+            at = {one["loras"]: statistics.median(one["seconds"]["ours image"]) for one in results if one["size"] == side}
+            slope, start = np.polyfit([*at], [*at.values()], 1)
+            worst = max(abs(start + slope * k - value) / value for k, value in at.items())
+            print(f"\n{side}x{side}: an image takes {start:.1f} + {slope:.1f} K seconds (within {worst:.1%}); "
+                  f"one variant of K = 1 takes {at[min(at)] / (min(at) + 1):.1f}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Measures the embedded model: python weights/toy/check.py [--only judge vae base maps lora]
+"""Measures the embedded model: python weights/toy/check.py [--only judge vae base maps masks lora]
 
     judge   held-out accuracy on the renderer's pictures, and its confusions
     vae     how often the judge reads a reconstruction as it reads the picture
     base    fresh prompts of one and two plain objects, 50 DDIM steps: is every named object there, in its colour?
     maps    share of the noun's map inside the object's box, steps 5 to 25
+    masks   share of the picture that each of two subjects' masks takes
     lora    each LoRA alone: is its instance (or style) there?
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +22,12 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))            # so that it runs as a script from anywhere
 
+from clora import RECIPES, Subject, compose, initial_noise, make_plan
 from lora import attach, merged_weights, read_lora
 from scheduler import make_scheduler
 from weights import Model, load_model
 from weights.toy import renderer
-from weights.toy.judge import draws_all, judge_scene, load_judge, look_of
+from weights.toy.judge import LOOKS, draws_all, judge_scene, load_judge, look_of
 
 LOOK = load_judge()
 
@@ -56,8 +59,9 @@ def sample(model: Model, prompts: list[str], lora=None, seed: int = 0, guidance:
 
 
 def check_judge(model: Model) -> None:
-    rng = np.random.default_rng(1001)
-    kinds, looks, right, total, confused = 0, 0, 0, 0, Counter()
+    """Held-out pictures of all sorts; a thing is compared with what is seen nearest to it."""
+    rng, right, total = np.random.default_rng(1001), 0, 0
+    pairs: dict[str, Counter] = {"kind": Counter(), "look": Counter()}              # (true, seen): how often
     for _ in range(500):
         scene = judge_scene(rng)
         if scene.style:
@@ -68,16 +72,25 @@ def check_judge(model: Model) -> None:
         total += 1
         for thing in scene.things:
             near = min(seen, key=lambda one: (one.x - thing.x) ** 2 + (one.y - thing.y) ** 2, default=None)
-            if near is None or near.kind != thing.kind:
-                confused[f"{thing.kind} taken for {near.kind if near else 'nothing'}"] += 1
-            kinds += near is not None and near.kind == thing.kind
-            looks += near is not None and near.look == look_of(thing)
-            if near is not None and near.look != look_of(thing):
-                confused[f"{look_of(thing)} taken for {near.look}"] += 1
-    things = kinds + sum(n for text, n in confused.items() if text.split()[0] in renderer.KINDS)
+            pairs["kind"][thing.kind, near.kind if near else "nothing"] += 1
+            pairs["look"][look_of(thing), near.look if near else "nothing"] += 1
+    shares = {what: sum(n for (true, seen), n in found.items() if true == seen) / found.total()
+              for what, found in pairs.items()}
     print(f"judge: {right} of {total} held-out pictures read without any error ({right / total:.1%}); "
-          f"kind right {kinds / things:.1%}, look right {looks / things:.1%}")
-    print("       commonest confusions: " + (", ".join(f"{text} ({n})" for text, n in confused.most_common(6)) or "none"))
+          f"kind right {shares['kind']:.1%}, look right {shares['look']:.1%} of {pairs['kind'].total()} things")
+    for what, names in (("kind", renderer.KINDS), ("look", LOOKS)):
+        print(confusion(what, names, pairs[what]))
+
+
+def confusion(what: str, names: tuple[str, ...], pairs: Counter) -> str:
+    """Markdown: true in rows, seen in columns; columns that nothing was mistaken for are left out."""
+    wrong = [name for name in (*names, "nothing") if any(true != seen and seen == name for true, seen in pairs)]
+    rows = [f"| true {what} | seen right | " + "".join(f"as {name} | " for name in wrong), "|---" * (len(wrong) + 2) + "|"]
+    for true in names:
+        cells = [str(pairs[true, name] or "") if name != true else "" for name in wrong]
+        count = sum(n for (one, _), n in pairs.items() if one == true)
+        rows.append(f"| {true} | {pairs[true, true]} of {count} | {' | '.join(cells)} |")
+    return "\n".join(row.rstrip() for row in rows)
 
 
 @torch.no_grad()
@@ -129,6 +142,23 @@ def check_maps(model: Model) -> None:
           f"worst {np.min(shares):.1%}, {len(shares)} pictures)")
 
 
+def check_masks(model: Model, count: int = 40) -> None:
+    """Two LoRAs, no latent updates: how much of the picture each one's mask takes, mean of all steps."""
+    from evaluate import embedded_sets
+    recipe = replace(RECIPES["paper"], **{**model.settings.get("recipe", {}), "update_until": -1})
+    shares = []
+    for number, one in enumerate(embedded_sets("tune", count, 2)):
+        subjects = [Subject(read_lora(file, model.unet, model.text.model), *words.split("="))
+                    for file, words in one["loras"]]
+        plan = make_plan(model, one["prompt"], subjects, recipe=recipe)
+        steps = compose(model, plan, recipe, initial_noise(model, 128, 128, number))
+        shares += torch.stack([step.masks[0, 1:].mean(dim=(1, 2)) for step in steps]).mean(0).tolist()      # [2]
+    fair = np.mean([0.1 <= share <= 0.6 for share in shares])
+    low, middle, high = np.quantile(shares, [0.05, 0.5, 0.95])
+    print(f"masks: one of two subjects takes {middle:.0%} of the picture (median; {low:.0%} to {high:.0%} in nine of ten); "
+          f"{fair:.0%} of the masks take 10% to 60%")
+
+
 def check_lora(model: Model, count: int) -> None:
     backgrounds = [words for _, _, words in renderer.BACKGROUNDS.values()]
     for path in sorted((HERE / "loras").glob("*.safetensors")):
@@ -151,13 +181,15 @@ def check_lora(model: Model, count: int) -> None:
         print(f"lora: {path.stem} ({what}) is there in {right / count:.0%} of {count} images", flush=True)
 
 
+CHECKS = {"judge": check_judge, "vae": check_vae, "base": check_base, "maps": check_maps, "masks": check_masks,
+          "lora": check_lora}
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=("judge", "vae", "base", "maps", "lora"))
+    parser.add_argument("--only", nargs="+", choices=CHECKS)
     parser.add_argument("--images", type=int, default=100, help="images per LoRA")
     args = parser.parse_args()
     toy = load_model(HERE)
-    for name, check in (("judge", check_judge), ("vae", check_vae), ("base", check_base), ("maps", check_maps),
-                        ("lora", lambda model: check_lora(model, args.images))):
+    for name, check in CHECKS.items():
         if not args.only or name in args.only:
-            check(toy)
+            check(toy, **({"count": args.images} if name == "lora" else {}))

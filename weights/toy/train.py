@@ -463,7 +463,7 @@ def train_lora(args: argparse.Namespace) -> None:
         factors = {key: Factors(layer, rank, alpha).to(args.device) for key, layer in layers.items()}
         text_factors = {key: Factors(layer, rank, alpha).to(args.device) for key, layer in text_layers.items()}
         trained = nn.ModuleList([*factors.values(), *text_factors.values()])
-        run = Run(f"lora_{name}", {"factors": trained}, lr=2e-3, steps=250, args=args, ema=0.98)
+        run = Run(f"lora_{name}", {"factors": trained}, lr=2e-3, steps=500, args=args, ema=0.98)
         rows_on = torch.ones(16, 1, device=args.device)
         while run.step < run.steps:
             rng = run.rng()
