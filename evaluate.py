@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 import clora
 import report
@@ -37,6 +37,7 @@ from weights.toy.judge import Judge, Seen, load_judge
 METHODS: dict[str, tuple[str, str, dict]] = {
     "clora": ("clora", "paper", {}),
     "clora-release": ("clora", "release", {"steps": 50}),
+    "clora-fast": ("clora", "fast", {}),
     "no-update": ("clora", "paper", {"update_until": -1}),
     "no-mask": ("clora", "paper", {"mask_from": 10_000}),
     "neither": ("clora", "paper", {"update_until": -1, "mask_from": 10_000}),
@@ -44,6 +45,22 @@ METHODS: dict[str, tuple[str, str, dict]] = {
     "switch": ("switch", "paper", {}),
     "composite": ("composite", "paper", {}),
     "base": ("base", "paper", {}),
+}
+DEFAULT = tuple(METHODS)
+# the paper's recipe with one thing saved, and some together: what recipe fast was chosen from
+TWENTY: dict = {"steps": 20, "scheduler": "dpm++", "update_until": 9, "refine_at": (0, 4, 8)}
+METHODS |= {
+    "refine-5": ("clora", "paper", {"refine_steps": 5}),
+    "refine-0": ("clora", "paper", {"refine_steps": 0}),
+    "refine-stop": ("clora", "paper", {"refine_stop": 0.01}),
+    "every-2": ("clora", "paper", {"update_every": 2}),
+    "uncond-base": ("clora", "paper", {"uncond_from": "base"}),
+    "dpm-20": ("clora", "paper", TWENTY),
+    "dpm-20-refine-5": ("clora", "paper", TWENTY | {"refine_steps": 5}),
+    "dpm-20-refine-5-base": ("clora", "paper", TWENTY | {"refine_steps": 5, "uncond_from": "base"}),
+    "dpm-20-refine-0-base": ("clora", "paper", TWENTY | {"refine_steps": 0, "uncond_from": "base"}),
+    "dpm-12-refine-5-base": ("clora", "paper", {"steps": 12, "scheduler": "dpm++", "update_until": 5, "refine_at": (0, 2, 5),
+                                                "refine_steps": 5, "uncond_from": "base"}),
 }
 
 
@@ -233,8 +250,9 @@ class Maker:
         made = []
         for b, picture in enumerate(pictures):
             facts: dict = {"seconds": round((time.time() - start) / len(seeds), 3)}
-            if shares:
+            if shares and method == "clora":
                 facts["shares"] = [round(x, 3) for x in torch.stack(shares).mean(0)[b].tolist()]
+                facts["mask"] = round(sum(facts["shares"][1:]) / len(facts["shares"][1:]), 3)
             made.append((picture, facts))
         for picture, facts in made:
             if self.judge is not None and "truth" in one:
@@ -286,8 +304,8 @@ def bootstrap(values: np.ndarray, groups: np.ndarray, rounds: int = 2000) -> tup
 
 # figures of the table: heading, key of a result, how it is written
 FIGURES = (("success", "success", "{:.0%}"), ("a subject is missing", "missing", "{:.0%}"),
-           ("a texture leaks", "leak", "{:.0%}"), ("DINO min", "dino_min", "{:.3f}"), ("DINO avg", "dino_avg", "{:.3f}"),
-           ("DINO max", "dino_max", "{:.3f}"), ("CLIP", "clip", "{:.3f}"))
+           ("a texture leaks", "leak", "{:.0%}"), ("mask of a subject", "mask", "{:.0%}"),
+           ("DINO min", "dino_min", "{:.3f}"), ("DINO avg", "dino_avg", "{:.3f}"), ("DINO max", "dino_max", "{:.3f}"), ("CLIP", "clip", "{:.3f}"))
 
 
 def table(lines: list[dict], columns: list[str]) -> str:
@@ -311,7 +329,8 @@ def table(lines: list[dict], columns: list[str]) -> str:
         if not done:
             continue
         groups = [line["set"] for line in done]
-        cells = [written(form, [line[key] for line in done], groups) for _, key, form in present]
+        cells = [written(form, [line[key] for line in done], groups) if all(key in line for line in done) else ""
+                 for _, key, form in present]
         pairs = [(at[0], float(line[key]) - float(by["merge"][at][key])) for at, line in by[column].items()
                  if column != "merge" and at in by.get("merge", {})]
         cells.append(written(form.replace(":", ":+"), [d for _, d in pairs], [g for g, _ in pairs]) if pairs else "")
@@ -333,6 +352,36 @@ def grid(folder: Path, columns: list[str], number: int, seeds: tuple[int, ...], 
             if path.exists():
                 with Image.open(path) as image:
                     sheet.paste(image.resize((side, side)), (x * side, y * side + top))
+    return sheet
+
+
+def curve(lines: list[dict], columns: list[str]) -> Image.Image:
+    """Success (with its interval) against the seconds of an image, a point per column."""
+    width, height, left, bottom, top = 760, 460, 60, 50, 20
+    sheet = Image.new("RGB", (width, height), (255, 255, 255))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    points = {}
+    for column in columns:
+        if done := [line for line in lines if line["column"] == column and "success" in line]:
+            success, groups = (np.array([float(line[key]) for line in done]) for key in ("success", "set"))
+            points[column] = float(np.median([line["seconds"] for line in done])), bootstrap(success, groups)
+    most = 1.3 * max((seconds for seconds, _ in points.values()), default=1.0)
+
+    def at(seconds: float, share: float) -> tuple[float, float]:
+        return left + seconds / most * (width - left - 20), height - bottom - share * (height - bottom - top)
+    for tenth in range(0, 11, 2):
+        draw.line((*at(0, tenth / 10), *at(most, tenth / 10)), fill=(225, 225, 225))
+        draw.text((left - 8, at(0, tenth / 10)[1]), f"{tenth * 10}%", fill=(60, 60, 60), font=font, anchor="rm")
+        x, y = at(most * tenth / 10, 0)
+        draw.text((x, y + 8), f"{most * tenth / 10:.1f}", fill=(60, 60, 60), font=font, anchor="ma")
+    draw.text((width / 2, height - 8), "seconds an image", fill=(60, 60, 60), font=font, anchor="ms")
+    draw.text((left + 4, top - 4), "images with every subject in its own look", fill=(60, 60, 60), font=font, anchor="ls")
+    for n, (column, (seconds, (mean, low, high))) in enumerate(points.items()):
+        colour = report.COLOURS[n % len(report.COLOURS)]
+        x, y = at(seconds, mean)
+        draw.line((*at(seconds, low), *at(seconds, high)), fill=colour, width=2)
+        draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
+        draw.text((x + 8, y), column, fill=colour, font=font, anchor="lm")
     return sheet
 
 
@@ -394,6 +443,9 @@ def main(args: argparse.Namespace) -> int:
             path.write_text(text + "\n")
         with report.in_place(folder / "grid.png") as path:
             grid(folder, columns, 0, args.seeds[:6], sets[0]["prompt"]).save(path)
+        if args.curve:
+            with report.in_place(Path(args.curve)) as path:
+                curve(lines, columns).save(path)
         failed = [line for line in lines if "error" in line]
         if failed:
             print(f"{len(failed)} images failed; the first: {failed[0]['error']}", file=sys.stderr)
@@ -410,7 +462,9 @@ if __name__ == "__main__":
     parser.add_argument("--style", metavar="FILE[:WEIGHT]", help="a style LoRA on every image")
     parser.add_argument("--seeds", type=whole_numbers, default=tuple(range(10)), metavar="0-9")
     parser.add_argument("--batch", type=int, default=10, metavar="N", help="how many seeds to draw at once (default: 10)")
-    parser.add_argument("--methods", default=",".join(METHODS), help=", ".join(METHODS))
+    parser.add_argument("--methods", default=",".join(DEFAULT), metavar="A,B",
+                        help=f"from {', '.join(METHODS)} (default: the first {len(DEFAULT)})")
+    parser.add_argument("--curve", metavar="FILE.png", help="draw success against time")
     parser.add_argument("--set", metavar="JSON", help='settings changed for all methods, as {"alpha": 2}')
     parser.add_argument("--dino", metavar="MODEL", help="picture encoder, folder or hub id (default: of the world)")
     parser.add_argument("--clip", metavar="MODEL", help="CLIP, folder or hub id (default: of the world)")
