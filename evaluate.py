@@ -305,7 +305,8 @@ def bootstrap(values: np.ndarray, groups: np.ndarray, rounds: int = 2000) -> tup
 # figures of the table: heading, key of a result, how it is written
 FIGURES = (("success", "success", "{:.0%}"), ("a subject is missing", "missing", "{:.0%}"),
            ("a texture leaks", "leak", "{:.0%}"), ("mask of a subject", "mask", "{:.0%}"),
-           ("DINO min", "dino_min", "{:.3f}"), ("DINO avg", "dino_avg", "{:.3f}"), ("DINO max", "dino_max", "{:.3f}"), ("CLIP", "clip", "{:.3f}"))
+           ("DINO min", "dino_min", "{:.3f}"), ("DINO avg", "dino_avg", "{:.3f}"),
+           ("DINO max", "dino_max", "{:.3f}"), ("CLIP", "clip", "{:.3f}"))
 
 
 def table(lines: list[dict], columns: list[str]) -> str:
