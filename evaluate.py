@@ -237,7 +237,7 @@ class Maker:
         path, weight = split_weight(one["style"])
         return self.lora(path), 1.0 if weight is None else weight
 
-    def make(self, one: dict, method: str, recipe: Recipe, seeds: Sequence[int]) -> list[tuple[np.ndarray, dict]]:
+    def make(self, one: dict, method: str, recipe: Recipe, seeds: Sequence[int]) -> list[tuple[np.ndarray | None, dict]]:
         """One batch -> for each seed: picture uint8 [H, W, 3], what was measured (seconds: the batch's, shared out)."""
         plan = clora.make_plan(self.model, one["prompt"], self.subjects(one), self.style(one), "", method, recipe)
         start, shares = time.time(), []

@@ -12,6 +12,7 @@ look of a whole picture; they are what the style LoRAs teach.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -182,13 +183,17 @@ def _layers(scene: Scene):
         yield thing, colours[inside], coverage[inside], np.s_[y0:y1, x0:x1]
 
 
+def single(values: Sequence[float]) -> np.ndarray:
+    return np.array(values, np.float32)
+
+
 def render(scene: Scene) -> np.ndarray:
     """uint8 [128, 128, 3]."""
     sky, ground, _ = BACKGROUNDS[scene.background]
     height = np.arange(SIZE, dtype=np.float32)[:, None, None]
     edge = np.clip(height - scene.horizon * SIZE + 0.5, 0, 1)
     fade = (height / SIZE - 0.5) * 24                                   # a little darker above, lighter below
-    picture = np.broadcast_to((1 - edge) * np.float32(sky) + edge * np.float32(ground) + fade, (SIZE, SIZE, 3)).copy()
+    picture = np.broadcast_to((1 - edge) * single(sky) + edge * single(ground) + fade, (SIZE, SIZE, 3)).copy()
     for _, colours, coverage, place in _layers(scene):
         alpha = coverage[..., None]
         picture[place] = picture[place] * (1 - alpha) + colours * alpha
@@ -200,14 +205,14 @@ def stylise(picture: np.ndarray, style: str) -> np.ndarray:
     """float [H, W, 3] in 0..255 -> the same picture in a style ("" leaves it alone)."""
     if not style:
         return picture
-    light = picture @ np.float32([0.299, 0.587, 0.114])                 # [H, W]
+    light = picture @ single([0.299, 0.587, 0.114])                 # [H, W]
     if style == "duotone":
         t = np.clip(light / 255, 0, 1)[..., None]
-        return (1 - t) * np.float32([20, 60, 70]) + t * np.float32([255, 226, 178])
+        return (1 - t) * single([20, 60, 70]) + t * single([255, 226, 178])
     if style == "sketch":
         dy, dx = np.gradient(light)
         ink = np.clip(np.hypot(dx, dy) / 26, 0, 1)[..., None]
-        return (1 - ink) * np.float32([250, 247, 238]) + ink * np.float32([36, 36, 48])
+        return (1 - ink) * single([250, 247, 238]) + ink * single([36, 36, 48])
     raise KeyError(style)
 
 
@@ -293,10 +298,11 @@ def instance_scene(instance: Instance, rng: np.random.Generator, other: bool = F
     return replace(scene, things=(subject, *rest))
 
 
-def lesson(name: str, count: int = 20) -> list[Scene]:
-    """The pictures that a LoRA learns from, always the same: its instance alone or beside something plain, or its style."""
+def lesson(name: str, count: int = 64) -> list[Scene]:
+    """The pictures that a LoRA learns from, always the same: its instance alone (a quarter) or beside something plain, or
+    its style. Fewer, or fewer with something beside it, and it draws its instance alone but not in company."""
     rng = np.random.default_rng([2403, *name.encode()])
     if name in STYLES:
         return [replace(random_scene(rng), style=STYLES[name]) for _ in range(count)]
     instance = next(instance for instance in INSTANCES if instance.name == name)
-    return [instance_scene(instance, rng, other=n % 2 == 1) for n in range(count)]
+    return [instance_scene(instance, rng, other=n % 4 > 0) for n in range(count)]

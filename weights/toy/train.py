@@ -2,7 +2,7 @@
 
     vae    AutoencoderKL on 64x64 crops of rendered scenes
     unet   UNet and CLIP text encoder together, on cached latents of captioned scenes
-    lora   one LoRA per instance and style, each from 20 pictures
+    lora   one LoRA per instance and style, each from 64 pictures
     judge  the classifier that evaluate.py counts with, on rendered pictures alone
     clip   the image and text encoder that evaluate.py scores with, likewise
 
@@ -463,7 +463,7 @@ def train_lora(args: argparse.Namespace) -> None:
         factors = {key: Factors(layer, rank, alpha).to(args.device) for key, layer in layers.items()}
         text_factors = {key: Factors(layer, rank, alpha).to(args.device) for key, layer in text_layers.items()}
         trained = nn.ModuleList([*factors.values(), *text_factors.values()])
-        run = Run(f"lora_{name}", {"factors": trained}, lr=2e-3, steps=500, args=args, ema=0.98)
+        run = Run(f"lora_{name}", {"factors": trained}, lr=2e-3, steps=800, args=args, ema=0.98)
         rows_on = torch.ones(16, 1, device=args.device)
         while run.step < run.steps:
             rng = run.rng()
