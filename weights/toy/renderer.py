@@ -79,18 +79,19 @@ INSTANCES = (
 )
 STYLES = {"ink": "sketch", "duo": "duotone"}    # style LoRA's name and trigger word: what it does
 
-# texture: f(u, v) -> True where the second colour shows; u, v in [-1, 1] across the object
+# texture: f(u, v) -> True where the second colour shows; u, v in [-1, 1] across the object. No stripe or cell is much
+# narrower than a latent pixel (8 pixels, a third of an object's radius): finer ones are not drawn reliably.
 TEXTURES = {
     "plain": lambda u, v: np.zeros_like(u, bool),
     "striped": lambda u, v: np.floor((v + 1) * 2.5) % 2 == 1,
     "dotted": lambda u, v: ((u * 2.2 + 0.5) % 1 - 0.5) ** 2 + ((v * 2.2 + 0.5) % 1 - 0.5) ** 2 < 0.09,
-    "diagonal": lambda u, v: np.floor((u + v + 2) * 1.8) % 2 == 1,
-    "checked": lambda u, v: (np.floor((u + 1) * 2) + np.floor((v + 1) * 2)) % 2 == 1,
+    "diagonal": lambda u, v: np.floor((u + v + 2) * 1.5) % 2 == 1,
+    "checked": lambda u, v: (np.floor((u + 0.84) * 1.79) + np.floor((v + 0.84) * 1.79)) % 2 == 1,
     "halves": lambda u, v: u > 0,
-    "zigzag": lambda u, v: np.floor((v + 0.5 * np.abs((u * 2.5) % 2 - 1) + 2) * 2.2) % 2 == 1,
+    "zigzag": lambda u, v: np.floor((v + 0.5 * np.abs((u * 1.8) % 2 - 1) + 2) * 1.5) % 2 == 1,
     "sectors": lambda u, v: np.floor(np.arctan2(v, u) / np.pi * 4) % 2 == 1,
-    "target": lambda u, v: np.floor(np.hypot(u, v) * 4) % 2 == 1,
-    "bars": lambda u, v: np.floor((u + 1) * 2.5) % 2 == 1,
+    "target": lambda u, v: np.floor(np.hypot(u, v) * 2.4) % 2 == 1,
+    "bars": lambda u, v: np.floor((u + 1) * 1.9) % 2 == 1,
     "quarters": lambda u, v: (u > 0) ^ (v > 0),
 }
 BASE_TEXTURES = ("plain", "striped", "dotted")
