@@ -23,7 +23,7 @@ from clora import Plan, Step, Subject, decode, rescale
 from weights import Model
 
 COLOURS = ((230, 60, 50), (40, 110, 230), (40, 170, 90), (240, 170, 30),
-           (160, 70, 200), (20, 180, 190), (230, 90, 160), (120, 120, 120))
+           (160, 70, 200), (20, 180, 190), (230, 90, 160), (140, 90, 50))
 
 
 @contextlib.contextmanager
@@ -124,7 +124,7 @@ def estimates(model: Model, steps: Sequence[Step], low_memory: bool = False) -> 
     return {step.index: decode(model, step.x0, low_memory)[0].numpy() for step in steps[::every]}
 
 
-def _base64(data: bytes | np.ndarray) -> str:
+def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
@@ -138,8 +138,11 @@ def _data_uri(picture: np.ndarray, side: int | None = None, **options) -> str:
 
 
 def _step_facts(step: Step, plan: Plan) -> dict:
-    """What the page shows of a step. maps: bytes [V, K, m, n], the mean over a subject's words in a variant, each map
-    scaled to 0..255 by its own minimum and maximum; masks: bytes [h, w], bit k set where subject k draws."""
+    """What the page shows of a step, as JSON has it. Two fields are bytes in base64:
+
+    maps [V, K, m, n], the mean over a subject's words in a variant, each scaled to 0..255 by its own minimum and maximum;
+    masks [h, w], bit k set where subject k draws.
+    """
     assert step.maps is not None and step.masks is not None
     masks = step.masks[0].float().cpu()                                             # [V, h, w]
     maps = torch.stack([torch.stack([step.maps[0, v][..., [token for u, token in concept if u == v]].float().mean(-1)

@@ -24,7 +24,8 @@ from weights import load_model
 
 GOLDEN = Path(__file__).parent / "golden"
 CAT, DOG, STYLE = (str(GOLDEN / f"loras/{name}.safetensors") for name in ("cat_peft", "dog_kohya", "style_peft"))
-HOSTILE = """a cat and a dog </script><img src=x onerror="hacked = 1"> <!-- <script> ' " \\ &lt; {{data}} \u2028 ${1}"""
+HOSTILE = """a cat and a dog </script><img src=x onerror="hacked = 1"> <!-- <script> ' " \\ &lt; {{data}} \u2028 ${1} """
+HOSTILE += "w" * 70
 RUN = ["--model", str(GOLDEN / "model"), "--prompt", HOSTILE, "--height", "64", "--width", "96", "--steps", "5", "--quiet",
        "--lora", CAT, "cat=sks cat", "--lora", f"{DOG}:0.9", "dog=<b>dog</b>", "--refine-at", "1", "--refine-steps", "3",
        "--update-until", "2"]
