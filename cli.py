@@ -73,6 +73,8 @@ def make_parser() -> Parser:
     add("--out", default="out", metavar="FOLDER", help="folder of the images (default: out)")
     add("--panel", action=argparse.BooleanOptionalAction,
         help="a second picture: maps, masks and plain merging (default: in the demonstration)")
+    add("--report", action=argparse.BooleanOptionalAction,
+        help="a web page in one file: every step's maps, masks and losses (default: in the demonstration)")
     add("--trace", metavar="FILE.safetensors", help="write every step's maps, masks, losses and latents")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", choices=DTYPES, help="default: float16 on CUDA, float32 on the CPU")
@@ -182,6 +184,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--lora is given without --prompt; write the prompt that names its subject")
     if args.method != "base" and not args.lora and not args.style:
         raise ValueError("no LoRA is given; add --lora FILE SUBJECT=TRIGGER, or use --method base")
+    if args.report and (args.method != "clora" or not args.lora):
+        raise ValueError("--report shows the maps of subjects; use it with --lora and --method clora")
     if not (seeds := args.seeds if args.seeds is not None else (args.seed,)):
         raise ValueError("--seeds names no seed")
     if any(not -2**63 <= seed < 2**64 for seed in seeds):
@@ -216,30 +220,40 @@ def run(args: argparse.Namespace) -> None:
             print(f'clora: warning: CLIP reads 77 tokens; this was cut off: "{cut}"', file=sys.stderr)
 
     panel = (demo if args.panel is None else args.panel) and bool(plan.concepts)
+    page = (demo if args.report is None else args.report) and bool(plan.concepts)
     for start in range(0, len(seeds), args.batch):
         chunk = seeds[start:start + args.batch]
         noise = torch.cat([clora.initial_noise(model, *size, seed) for seed in chunk])      # [B, 4, h, w]
-        label = f"{args.method}, seed {', '.join(map(str, chunk))}"
-        steps = draw(model, plan, recipe, noise, chunk, label, args, panel or trace is not None)
-        if panel:
-            merge = clora.make_plan(model, args.prompt, subjects, style, args.negative, "merge", recipe)
-            merged = draw(model, merge, recipe, noise, chunk, label.replace(args.method, "merge", 1), args)[-1].latents
+        label = f"seed {', '.join(map(str, chunk))}"
+        steps = draw(model, plan, recipe, noise, chunk, f"{args.method}, {label}", args, panel or page or trace is not None)
+        finished = {args.method: steps[-1].latents}                                         # by method
+        for method in ("merge", "base") if page else ("merge",) if panel else ():
+            other = clora.make_plan(model, args.prompt, subjects, style, args.negative, method, recipe)
+            finished[method] = draw(model, other, recipe, noise, chunk, f"{method}, {label}", args)[-1].latents
+        if len(finished) > 1:
             clora.make_plan(model, args.prompt, subjects, style, args.negative, args.method, recipe)
         for b, seed in enumerate(chunk):
             settings = settings_of(args, recipe, model, subjects, style, seed, size)
-            picture = clora.decode(model, steps[-1].latents[b:b + 1], args.low_memory)[0].numpy()
+            pictures = {method: clora.decode(model, latents[b:b + 1], args.low_memory)[0].numpy()
+                        for method, latents in finished.items()}
             path = out / f"{args.method}-{seed}.png"
-            report.save_picture(path, picture, settings)
+            report.save_picture(path, pictures[args.method], settings)
             print(path)
             if trace is not None:
                 report.save_trace(trace if len(seeds) == 1 else trace.with_stem(f"{trace.stem}-{seed}"),
                                   [step.picture(b) for step in steps])
             if panel:
-                other = clora.decode(model, merged[b:b + 1], args.low_memory)[0].numpy()
                 names = [subject.trigger for subject in subjects]
                 path = out / f"{args.method}-{seed}-panel.png"
-                sheet = report.panel(picture, other, steps[len(steps) // 2].picture(b), plan.words, names)
+                middle = steps[len(steps) // 2].picture(b)
+                sheet = report.panel(pictures["clora"], pictures["merge"], middle, plan.words, names)
                 report.save_picture(path, sheet, settings)
+                print(path)
+            if page:
+                own = [step.picture(b) for step in steps]
+                path = out / f"{args.method}-{seed}.html"
+                report.save_page(path, pictures, report.estimates(model, own, args.low_memory), own, plan, subjects,
+                                 {**settings, "command": f"{settings['command']} --report"})
                 print(path)
 
 

@@ -1,11 +1,13 @@
-"""What a run leaves behind: pictures that carry their settings, the panel that explains one, the trace.
+"""What a run leaves behind: pictures that carry their settings, the panel and the page that explain one, the trace.
 
 Everything is written under a temporary name and moved into place, so that no half-written file is ever seen.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
 import json
 import os
 import tempfile
@@ -17,10 +19,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from safetensors.torch import save_file
 
-from clora import Step
+from clora import Plan, Step, Subject, decode, rescale
+from weights import Model
 
 COLOURS = ((230, 60, 50), (40, 110, 230), (40, 170, 90), (240, 170, 30),
-           (160, 70, 200), (20, 180, 190), (230, 90, 160), (120, 120, 120))
+           (160, 70, 200), (20, 180, 190), (230, 90, 160), (140, 90, 50))
 
 
 @contextlib.contextmanager
@@ -109,3 +112,66 @@ def panel(result: np.ndarray, merged: np.ndarray, step: Step, words: Sequence[tu
         draw.text((x, 5), label, fill=(30, 30, 30), font=font)
         x += tile.shape[1] + gap
     return np.asarray(sheet)
+
+
+def estimates(model: Model, steps: Sequence[Step], low_memory: bool = False) -> dict[int, np.ndarray]:
+    """The finished picture as single steps expect it: {step index: uint8 [H, W, 3]}, for steps of one picture.
+
+    They are x0, decoded by the VAE itself. That is the dear part of a page, so only every n-th step is decoded: all of
+    them while their latents have 2^16 pixels in all (the embedded model), every fourth of 50 at 512x512 in SD 1.5.
+    """
+    every = -(-len(steps) * steps[0].x0[0, 0].numel() // 2 ** 16)
+    return {step.index: decode(model, step.x0, low_memory)[0].numpy() for step in steps[::every]}
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _data_uri(picture: np.ndarray, side: int | None = None, **options) -> str:
+    """uint8 [H, W, 3] -> a WebP image for the page, no more than `side` pixels wide and high."""
+    image, buffer = Image.fromarray(picture), io.BytesIO()
+    if side is not None:
+        image.thumbnail((side, side))
+    image.save(buffer, "WEBP", **options)
+    return f"data:image/webp;base64,{_base64(buffer.getvalue())}"
+
+
+def _step_facts(step: Step, plan: Plan) -> dict:
+    """What the page shows of a step, as JSON has it. Two fields are bytes in base64:
+
+    maps [V, K, m, n], the mean over a subject's words in a variant, each scaled to 0..255 by its own minimum and maximum;
+    masks [h, w], bit k set where subject k draws.
+    """
+    assert step.maps is not None and step.masks is not None
+    masks = step.masks[0].float().cpu()                                             # [V, h, w]
+    maps = torch.stack([torch.stack([step.maps[0, v][..., [token for u, token in concept if u == v]].float().mean(-1)
+                                     for concept in plan.concepts]) for v in range(len(masks))])      # [V, K, m, n]
+    bits = sum(mask.to(torch.uint8) << k for k, mask in enumerate(masks[1:]))
+    return {"timestep": step.timestep, "losses": [loss.item() for loss in step.losses],
+            "areas": masks.mean((1, 2)).tolist(), "overlap": (masks[1:].sum(0) > 1).float().mean().item(),
+            "maps": _base64((rescale(maps) * 255).round().byte().cpu().numpy().tobytes()),
+            "masks": _base64(bits.numpy().tobytes())}
+
+
+def save_page(path: Path, results: dict[str, np.ndarray], pictures: dict[int, np.ndarray], steps: Sequence[Step], plan: Plan,
+              subjects: Sequence[Subject], settings: dict) -> None:
+    """A run as one HTML file that needs no other: report.html, with the run in it as JSON.
+
+    results: the finished picture of each method, uint8 [H, W, 3], the page's own first; pictures: see `estimates`;
+    steps: all steps of one picture, with maps and masks. What `settings` says is shown, and the command in it can be copied.
+    """
+    first, result = steps[0], next(iter(results.values()))
+    assert first.maps is not None and first.masks is not None
+    data = {"settings": settings, "prompts": plan.prompts, "height": result.shape[0], "width": result.shape[1],
+            "subjects": [{"word": subject.word, "trigger": subject.trigger, "lora": subject.lora.name, "colour": colour}
+                         for subject, colour in zip(subjects, COLOURS)],
+            "results": {method: _data_uri(picture, lossless=True) for method, picture in results.items()},
+            "estimates": {index: _data_uri(picture, 256, quality=80) for index, picture in pictures.items()},
+            "map_size": first.maps.shape[2:4], "mask_size": first.masks.shape[2:],
+            "steps": [_step_facts(step, plan) for step in steps]}
+    # "<" is the one character that could end the script element; in JSON it occurs inside strings alone
+    text = json.dumps(data).replace("<", "\\u003c")
+    page = Path(__file__).with_name("report.html").read_text(encoding="utf-8").replace("{{data}}", text, 1)
+    with in_place(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")

@@ -85,14 +85,15 @@ def test_the_formats_of_the_loras_differ(model):
 
 
 def test_the_command_without_arguments_twice(tmp_path):
-    """The README's first promise: two pictures, and the same bytes again."""
+    """The README's first promise: two pictures and a page, and the same bytes again."""
     for name in ("first", "second"):
         done = subprocess.run([sys.executable, str(ROOT / "clora.py"), "--out", name], cwd=tmp_path, capture_output=True,
                               text=True, env={**os.environ, "PYTHONPATH": ""})
         assert done.returncode == 0, done.stderr
-        assert done.stdout.split() == [f"{name}/clora-0.png", f"{name}/clora-0-panel.png"]
-    for file in ("clora-0.png", "clora-0-panel.png"):
+        assert done.stdout.split() == [f"{name}/{file}" for file in ("clora-0.png", "clora-0-panel.png", "clora-0.html")]
+    for file in ("clora-0.png", "clora-0-panel.png", "clora-0.html"):
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+    assert (tmp_path / "first/clora-0.html").stat().st_size < 1e6
     with Image.open(tmp_path / "first/clora-0.png") as image:
         picture = np.asarray(image)
     assert picture.shape == (128, 128, 3)
