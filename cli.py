@@ -27,7 +27,7 @@ TOY = Path(os.path.relpath(Path(__file__).resolve().parent / "weights" / "toy"))
 DEMO = {"prompt": "a ball and a ring on the grass",
         "lora": [[str(TOY / "loras/zib.safetensors"), "ball=zib ball"],
                  [str(TOY / "loras/pel.safetensors"), "ring=pel ring"]]}
-CHOICES = {"scheduler": ("ddim", "pndm", "dpm++"), "maps_from": ("cond", "both"), "noise_from": ("after", "before"),
+CHOICES = {"scheduler": ("ddim", "pndm", "dpm++", "lcm"), "maps_from": ("cond", "both"), "noise_from": ("after", "before"),
            "uncond_from": ("each", "base")}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
           "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -80,7 +80,8 @@ def make_parser() -> Parser:
     add("--low-memory", action="store_true", help="one variant after the other: slower, for cards with little memory")
     add("--quiet", action="store_true", help="no progress bar")
 
-    group = parser.add_argument_group("the recipe", "every choice of the method: the recipe sets all, a flag changes one")
+    group = parser.add_argument_group("the recipe", "every choice of the method: the recipe sets all, a flag changes one. "
+                                      "With --steps, its --update-until, --refine-at and --mask-from move in proportion.")
     group.add_argument("--recipe", choices=RECIPES, default="paper", help="paper (default), release or fast")
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Recipe), re.MULTILINE))
     for field in dataclasses.fields(Recipe):
@@ -98,10 +99,19 @@ def make_parser() -> Parser:
 
 
 def make_recipe(args: argparse.Namespace, model_settings: dict) -> Recipe:
-    """The named recipe, then what the model's own clora.json sets, then the flags."""
+    """The named recipe, then what the model's own clora.json sets, then the flags.
+
+    With --steps the step numbers that no flag gives (update_until, refine_at, mask_from) move in proportion: at 20 of the
+    paper's 50 steps the updates end at step 10 and are refined at 0, 4 and 8, and at 8 steps at 4 and 0, 2, 3.
+    """
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)
              if getattr(args, field.name) is not None}
-    recipe = dataclasses.replace(RECIPES[args.recipe], **{**model_settings.get("recipe", {}), **given})
+    recipe = dataclasses.replace(RECIPES[args.recipe], **model_settings.get("recipe", {}))
+    def moved(step: int) -> int:
+        return step if step < 0 else round(step * given.get("steps", recipe.steps) / recipe.steps)      # -1: never
+    scaled = {"update_until": moved(recipe.update_until), "mask_from": moved(recipe.mask_from),
+              "refine_at": tuple(sorted({moved(step) for step in recipe.refine_at}))}
+    recipe = dataclasses.replace(recipe, **{**scaled, **given})
     for name, low, high in (("steps", 1, 1000), ("temperature", 1e-6, 1e6), ("guidance", 1, 1e4), ("eta", 0, 1),
                             ("threshold", 0, 1), ("refine_steps", 0, 10_000), ("guidance_rescale", 0, 1),
                             ("switch_every", 1, 1000), ("update_every", 1, 1000), ("refine_stop", 0, 1),
@@ -163,7 +173,7 @@ def draw(model: Model, plan: clora.Plan, recipe: Recipe, noise: torch.Tensor, se
          args: argparse.Namespace, keep: bool = False) -> list[Step]:
     """Runs the loop under a progress bar -> the steps: all of them if `keep`, else the last."""
     steps: list[Step] = []
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = clora.step_generators(noise, seeds)
     with tqdm(total=recipe.steps, desc=label, disable=args.quiet, leave=True) as bar:
         for step in clora.compose(model, plan, recipe, noise, generators, args.low_memory):
             steps = [*steps, step] if keep else [step]

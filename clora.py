@@ -40,7 +40,7 @@ class Recipe:
     """Every choice of the method. The defaults are the paper's, or the release's where the paper is silent."""
 
     steps: int = 50                     # denoising steps
-    scheduler: str = "ddim"             # ddim, pndm or dpm++
+    scheduler: str = "ddim"             # ddim, pndm, dpm++ or lcm
     eta: float = 0.0                    # noise added by DDIM, 0 (none) to 1 (DDPM)
     guidance: float = 7.5               # classifier-free guidance scale
     guidance_rescale: float = 0.0       # phi of arXiv 2305.08891, eq. 16; 0 is off
@@ -270,6 +270,14 @@ def initial_noise(model: Model, height: int, width: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=like.dtype).to(like.device)
 
 
+def step_generators(noise: Tensor, seeds: Sequence[int]) -> list[torch.Generator]:
+    """For samplers that add noise: one per picture, past the draw of its initial noise [B, 4, h, w], as in diffusers."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    for one, generator in zip(noise, generators):
+        torch.randn(one.shape, generator=generator, dtype=one.dtype)
+    return generators
+
+
 # --- the loop -------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -367,8 +375,8 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
             low_memory: bool = False) -> Iterator[Step]:
     """Denoises initial noise [B, 4, h, w] and yields every step; the last one's latents are the pictures'.
 
-    Each picture has its own loss and masks, and with eta > 0 its own generator of the list: a batch gives what its
-    pictures give alone, to rounding. `low_memory` runs one variant after the other, for the same result to rounding.
+    Each picture has its own loss and masks, and where the sampler adds noise its own generator of the list: a batch gives
+    what its pictures give alone, and `low_memory`, one variant after the other, gives the same result, both to rounding.
     ValueError: steps that the scheduler cannot do, latents that became NaN (the step is named).
     """
     scheduler = make_scheduler(model.scheduler_config, recipe.steps, recipe.scheduler, eta=recipe.eta)
