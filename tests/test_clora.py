@@ -92,6 +92,13 @@ def test_separated_concepts_have_a_lower_loss():
     assert clora.info_nce_loss([left, right]) < clora.info_nce_loss([left, left]) - 0.5
 
 
+def test_noise_of_the_steps_is_drawn_after_the_initial_noise():
+    noise = torch.cat([torch.randn(1, 4, 3, 5, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)])
+    for seed, generator in zip((3, 4), clora.step_generators(noise, (3, 4))):
+        both = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(seed))       # 60 values: one stream
+        assert torch.equal(torch.randn(4, 3, 5, generator=generator), both[1])
+
+
 def test_attention_maps_are_the_mean_over_layers_and_heads():
     layers = [torch.rand(3, 4, 6, 77), torch.rand(3, 4, 6, 77)]
     maps = clora.attention_maps(layers, (2, 3))
