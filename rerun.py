@@ -67,7 +67,9 @@ def locate(name: str, image: Path, remedy: str = "") -> str:
     ValueError if there is a remedy, the flag that says where the file is now, and `name` is no place on the hub either.
     """
     path, _ = split_weight(name)
-    for folder in (Path(), image.parent, image.parent.parent, Path(__file__).parent):
+    if Path(path).exists():
+        return name
+    for folder in (image.parent, image.parent.parent, Path(__file__).parent):
         if (folder / path).exists():
             return str(folder / path) + name[len(path):]
     if remedy and hub_place(path) is None:
