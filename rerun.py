@@ -93,5 +93,5 @@ def changed_files(args: argparse.Namespace, model: Model, subjects: Sequence[Sub
     now = {"model": (args.model, model.hash()), **{s.word.lower(): (s.lora.path, s.lora.sha256) for s in subjects}}
     if style is not None:
         now["style"] = style[0].path, style[0].sha256
-    return [f"{now[key][0]} is not the file that {args.source} was made with (hash {now[key][1][:8]}, then {then[:8]})"
+    return [f"{now[key][0]} is not what {args.source} was made with (hash {now[key][1][:8]}, then {then[:8]})"
             for key, then in hashes_of(args.chunks).items() if key in now and now[key][1] != then]
