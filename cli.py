@@ -18,16 +18,17 @@ from tqdm import tqdm
 
 import clora
 import report
+import rerun
 from clora import METHODS, RECIPES, Recipe, Step, Subject
-from lora import LoRA, read_lora
-from weights import Model, load_model
+from lora import LoRA, describe, printable, read_lora, trigger_words
+from weights import Model, find_lora, load_model, split_weight
 
 # as seen from where the user is: the path goes into the images' settings
 TOY = Path(os.path.relpath(Path(__file__).resolve().parent / "weights" / "toy"))
 DEMO = {"prompt": "a ball and a ring on the grass",
         "lora": [[str(TOY / "loras/zib.safetensors"), "ball=zib ball"],
                  [str(TOY / "loras/pel.safetensors"), "ring=pel ring"]]}
-CHOICES = {"scheduler": ("ddim", "pndm", "dpm++"), "maps_from": ("cond", "both"), "noise_from": ("after", "before"),
+CHOICES = {"scheduler": ("ddim", "pndm", "dpm++", "lcm"), "maps_from": ("cond", "both"), "noise_from": ("after", "before"),
            "uncond_from": ("each", "base")}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
           "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -35,7 +36,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        self.exit(2, f"clora: {message}\n")
+        raise ValueError(message)
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
@@ -52,8 +53,9 @@ def whole_numbers(text: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def make_parser() -> Parser:
-    parser = Parser(prog="clora.py", description="Composes several LoRAs in one Stable Diffusion 1.5 image (CLoRA).",
+def make_parser(add_help: bool = True) -> Parser:
+    parser = Parser(prog="clora.py", add_help=add_help,
+                    description="Composes several LoRAs in one Stable Diffusion 1.5 image (CLoRA).",
                     epilog="Without --prompt and --lora it runs a demonstration on the small embedded model.")
     add = parser.add_argument_group("what to draw").add_argument
     add("--model", default=str(TOY), metavar="MODEL",
@@ -61,13 +63,18 @@ def make_parser() -> Parser:
     add("--prompt", help=f"names every subject's word once (default: {DEMO['prompt']!r})")
     add("--negative", default="", metavar="TEXT", help="negative prompt")
     add("--lora", nargs=2, action="append", metavar=("FILE[:WEIGHT]", "SUBJECT[=TRIGGER]"),
-        help="a LoRA, the word of the prompt that it draws, and what replaces that word in its own prompt; repeat for more")
-    add("--style", metavar="FILE[:WEIGHT]", help="a LoRA added to every variant")
+        help="a LoRA (a file, or on the hub user/repo[:FILE]), the word of the prompt that it draws, and what replaces that "
+             "word in its own prompt; repeat for more")
+    add("--style", metavar="FILE[:WEIGHT]", help="a LoRA added to every variant, a file or on the hub")
     add("--seed", type=int, default=0, help="initial noise as diffusers draws it on the CPU (default: 0)")
     add("--seeds", type=whole_numbers, metavar="0-9", help="several seeds, one image each")
     add("--height", type=int, help="pixels, a multiple of 8 (default: the model's)")
     add("--width", type=int, help="pixels, a multiple of 8 (default: the model's)")
     add("--method", choices=METHODS, default="clora", help="clora, or a baseline (default: clora)")
+
+    add("--from", dest="source", metavar="IMAGE.png",
+        help="run an image of clora.py again; flags on top change it (--lora: the one for the same word)")
+    add("--inspect", nargs="+", metavar="FILE", help="say what is in LoRA files, and draw nothing")
 
     add = parser.add_argument_group("where and how").add_argument
     add("--out", default="out", metavar="FOLDER", help="folder of the images (default: out)")
@@ -82,7 +89,8 @@ def make_parser() -> Parser:
     add("--low-memory", action="store_true", help="one variant after the other: slower, for cards with little memory")
     add("--quiet", action="store_true", help="no progress bar")
 
-    group = parser.add_argument_group("the recipe", "every choice of the method: the recipe sets all, a flag changes one")
+    group = parser.add_argument_group("the recipe", "every choice of the method: the recipe sets all, a flag changes one. "
+                                      "With --steps, its --update-until, --refine-at and --mask-from move in proportion.")
     group.add_argument("--recipe", choices=RECIPES, default="paper", help="paper (default), release or fast")
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Recipe), re.MULTILINE))
     for field in dataclasses.fields(Recipe):
@@ -96,14 +104,24 @@ def make_parser() -> Parser:
             options["choices"] = CHOICES.get(field.name)
             options["metavar"] = None if options["choices"] else {float: "X", str: "X"}.get(type(default), "N")
         group.add_argument(flag, **options)
+    parser.set_defaults(recorded={})                        # a recipe's values as the image of --from has them
     return parser
 
 
 def make_recipe(args: argparse.Namespace, model_settings: dict) -> Recipe:
-    """The named recipe, then what the model's own clora.json sets, then the flags."""
+    """The named recipe, then what the model's own clora.json sets, then the values of a --from image, then the flags.
+
+    With --steps the step numbers that no flag gives (update_until, refine_at, mask_from) move in proportion: at 20 of the
+    paper's 50 steps the updates end at step 10 and are refined at 0, 4 and 8, and at 8 steps at 4 and 0, 2, 3.
+    """
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)
              if getattr(args, field.name) is not None}
-    recipe = dataclasses.replace(RECIPES[args.recipe], **{**model_settings.get("recipe", {}), **given})
+    recipe = dataclasses.replace(RECIPES[args.recipe], **{**model_settings.get("recipe", {}), **args.recorded})
+    def moved(step: int) -> int:
+        return step if step < 0 else round(step * given.get("steps", recipe.steps) / recipe.steps)      # -1: never
+    scaled = {"update_until": moved(recipe.update_until), "mask_from": moved(recipe.mask_from),
+              "refine_at": tuple(sorted({moved(step) for step in recipe.refine_at}))}
+    recipe = dataclasses.replace(recipe, **{**scaled, **given})
     for name, low, high in (("steps", 1, 1000), ("temperature", 1e-6, 1e6), ("guidance", 1, 1e4), ("eta", 0, 1),
                             ("threshold", 0, 1), ("refine_steps", 0, 10_000), ("guidance_rescale", 0, 1),
                             ("switch_every", 1, 1000), ("update_every", 1, 1000), ("refine_stop", 0, 1),
@@ -115,12 +133,6 @@ def make_recipe(args: argparse.Namespace, model_settings: dict) -> Recipe:
     return recipe
 
 
-def split_weight(text: str) -> tuple[str, float | None]:
-    """"cat.safetensors:0.8" -> ("cat.safetensors", 0.8); the weight is optional."""
-    match = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+))", text)
-    return (match[1], float(match[2])) if match else (text, None)
-
-
 def read_subjects(args: argparse.Namespace, model: Model) -> tuple[list[Subject], tuple[LoRA, float] | None]:
     subjects = []
     if len(args.lora) > 8:
@@ -130,18 +142,28 @@ def read_subjects(args: argparse.Namespace, model: Model) -> tuple[list[Subject]
         word, _, trigger = (part.strip() for part in words.partition("="))
         if not word:
             raise ValueError(f"--lora {file} {words!r} names no subject; write it as \"cat=sks cat\"")
-        subjects.append(Subject(read_lora(path, model.unet, model.text.model), word, trigger or word, weight))
+        subject = Subject(read_lora(find_lora(path), model.unet, model.text.model), word, trigger or word, weight)
+        subjects.append(subject)
+        known = next(iter(trigger_words(subject.lora.metadata)), "")
+        if subject.trigger.lower() == word.lower() and known and known.lower() not in args.prompt.lower():
+            phrase = known if word.lower() in known.lower().split() else f"{known} {word}"
+            print(f'clora: hint: {file} suggests the trigger "{known}"; write "{word}={phrase}" to use it', file=sys.stderr)
     if args.style is None:
         return subjects, None
     path, weight = split_weight(args.style)
-    return subjects, (read_lora(path, model.unet, model.text.model), 1.0 if weight is None else weight)
+    return subjects, (read_lora(find_lora(path), model.unet, model.text.model), 1.0 if weight is None else weight)
 
 
 def settings_of(args: argparse.Namespace, recipe: Recipe, model: Model, subjects: list[Subject],
                 style: tuple[LoRA, float] | None, seed: int, size: tuple[int, int]) -> dict:
     """What an image carries: all that it takes to make it again, as a command and in parts."""
-    words = ["--model", args.model, "--prompt", args.prompt, "--negative", args.negative, "--method", args.method,
-             "--seed", str(seed), "--height", str(size[0]), "--width", str(size[1]), "--dtype", args.dtype]
+    words = ["--model", args.model]
+    for flag, text in (("--prompt", args.prompt), ("--negative", args.negative)):
+        words += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+    words += ["--method", args.method, "--seed", str(seed), "--height", str(size[0]), "--width", str(size[1]),
+              "--dtype", args.dtype]
+    words += ["--device", "cpu"] if args.device == "cpu" else []        # another machine may have a card, or none
+    words += ["--low-memory"] if args.low_memory else []
     for file, subject in args.lora:
         words += ["--lora", file, subject]
     words += ["--style", args.style] if args.style else []
@@ -165,7 +187,7 @@ def draw(model: Model, plan: clora.Plan, recipe: Recipe, noise: torch.Tensor, se
          args: argparse.Namespace, keep: bool = False) -> list[Step]:
     """Runs the loop under a progress bar -> the steps: all of them if `keep`, else the last."""
     steps: list[Step] = []
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = clora.step_generators(noise, seeds)
     with tqdm(total=recipe.steps, desc=label, disable=args.quiet, leave=True) as bar:
         for step in clora.compose(model, plan, recipe, noise, generators, args.low_memory):
             steps = [*steps, step] if keep else [step]
@@ -215,6 +237,13 @@ def run(args: argparse.Namespace) -> None:
     clora.initial_noise(model, *size, seeds[0])             # refuses sizes that do not fit
     subjects, style = read_subjects(args, model)
     plan = clora.make_plan(model, args.prompt, subjects, style, args.negative, args.method, recipe)
+    if args.source:
+        for line in (changed := rerun.changed_files(args, model, subjects, style)):
+            print(f"clora: warning: {printable(line, 1000)}", file=sys.stderr)
+        for seed in seeds:
+            same = settings_of(args, recipe, model, subjects, style, seed, size)["command"] == args.chunks["command"]
+            if (out / f"{args.method}-{seed}.png").resolve() == Path(args.source).resolve() and (changed or not same):
+                raise ValueError(f"this would replace {args.source} with another image; give another --out")
     for text in filter(None, [args.prompt, args.negative]):
         if cut := model.text.truncated(text):
             print(f'clora: warning: CLIP reads 77 tokens; this was cut off: "{cut}"', file=sys.stderr)
@@ -257,11 +286,28 @@ def run(args: argparse.Namespace) -> None:
                 print(path)
 
 
+def inspect_files(files: Sequence[str]) -> int:
+    """Prints what is in each LoRA file -> exit code."""
+    code = 0
+    for file in files:
+        try:
+            lines = describe(find_lora(file)).items()
+        except ValueError as error:
+            print(f"clora: {printable(str(error), 1000)}", file=sys.stderr)
+            code = 2
+            continue
+        print(file, *(f"    {heading:<14}{text}" for heading, text in lines), sep="\n")
+    return code
+
+
 def main(argv: list[str] | None = None) -> int:
     """-> exit code: 0 when every image was made, 2 for bad input, 130 when interrupted."""
-    args = make_parser().parse_args(argv)
     try:
-        run(args)
+        argv = sys.argv[1:] if argv is None else argv
+        args = make_parser().parse_args(argv)
+        if args.inspect:
+            return inspect_files(args.inspect)
+        run(rerun.recall(argv, Path(args.source), make_parser) if args.source else args)
         return 0
     except (torch.OutOfMemoryError, MemoryError):
         message = "out of memory: use --low-memory, lower --height and --width, or use --dtype float16"
@@ -270,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         message = "out of memory: use --low-memory, lower --height and --width, or use --dtype bfloat16"
     except (ValueError, OSError) as error:
-        message = " ".join(str(error).split())
+        message = printable(str(error), 1000)
     except KeyboardInterrupt:
         print("\nclora: interrupted; finished images are kept", file=sys.stderr)
         return 130

@@ -18,7 +18,7 @@ SD 1.5), T = 77 tokens. In a batch for the UNet, the rows of a picture stand tog
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -40,7 +40,7 @@ class Recipe:
     """Every choice of the method. The defaults are the paper's, or the release's where the paper is silent."""
 
     steps: int = 50                     # denoising steps
-    scheduler: str = "ddim"             # ddim, pndm or dpm++
+    scheduler: str = "ddim"             # ddim, pndm, dpm++ or lcm
     eta: float = 0.0                    # noise added by DDIM, 0 (none) to 1 (DDPM)
     guidance: float = 7.5               # classifier-free guidance scale
     guidance_rescale: float = 0.0       # phi of arXiv 2305.08891, eq. 16; 0 is off
@@ -270,6 +270,14 @@ def initial_noise(model: Model, height: int, width: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=like.dtype).to(like.device)
 
 
+def step_generators(noise: Tensor, seeds: Sequence[int]) -> list[torch.Generator]:
+    """For samplers that add noise: one per picture, past the draw of its initial noise [B, 4, h, w], as in diffusers."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    for one, generator in zip(noise, generators):
+        torch.randn(one.shape, generator=generator, dtype=one.dtype)
+    return generators
+
+
 # --- the loop -------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -295,7 +303,7 @@ class Step:
 
 
 def contrast(unet: UNet, latents: Tensor, timestep: int, plan: Plan, layers: tuple[str, ...], recipe: Recipe,
-             low_memory: bool = False) -> tuple[Tensor, Tensor]:
+             low_memory: bool = False, loss: Callable[..., Tensor] = info_nce_loss) -> tuple[Tensor, Tensor]:
     """The loss of the maps at latents [B, 4, h, w] and its gradient with respect to them: ([B], [B, 4, h, w]).
 
     The variants meet in the loss alone. So with `low_memory` the maps are made without a graph, the loss is
@@ -318,7 +326,7 @@ def contrast(unet: UNet, latents: Tensor, timestep: int, plan: Plan, layers: tup
         for one in maps:                                                            # [V, m, n, T]
             groups = [torch.stack([one[v, :, :, token] for v, token in concept]) for concept in plan.concepts]
             groups = [rescale(group) for group in groups] if recipe.rescale_maps else groups
-            losses.append(info_nce_loss(groups, recipe.temperature))
+            losses.append(loss(groups, recipe.temperature))
         return torch.stack(losses)                                                  # [B]
 
     # a picture's loss knows no other picture, so the gradient of the sum holds the gradient of each
@@ -364,11 +372,15 @@ def read_maps(probs: Sequence[Tensor], size: Sequence[int], variants: int, maps_
 
 @torch.no_grad()
 def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator: Generators = None,
-            low_memory: bool = False) -> Iterator[Step]:
+            low_memory: bool = False, loss: Callable[..., Tensor] = info_nce_loss,
+            make_masks: Callable[..., Tensor] = variant_masks) -> Iterator[Step]:
     """Denoises initial noise [B, 4, h, w] and yields every step; the last one's latents are the pictures'.
 
-    Each picture has its own loss and masks, and with eta > 0 its own generator of the list: a batch gives what its
-    pictures give alone, to rounding. `low_memory` runs one variant after the other, for the same result to rounding.
+    Each picture has its own loss and masks, and where the sampler adds noise its own generator of the list: a batch gives
+    what its pictures give alone, and `low_memory`, one variant after the other, gives the same result, both to rounding.
+    To change the method: `loss` and `make_masks` take what info_nce_loss and variant_masks take and return such tensors, a
+    sampler is a Scheduler under a name of its own in SCHEDULERS, and a step's latents may be changed in place: the next
+    step starts from them (examples/).
     ValueError: steps that the scheduler cannot do, latents that became NaN (the step is named).
     """
     scheduler = make_scheduler(model.scheduler_config, recipe.steps, recipe.scheduler, eta=recipe.eta)
@@ -385,13 +397,13 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
             moving = torch.ones(len(z), 1, 1, 1, device=z.device, dtype=torch.bool)
             for n in range(1 + repeats):
                 before = z
-                loss, gradient = contrast(unet, z, t, plan, layers, recipe, low_memory)
+                value, gradient = contrast(unet, z, t, plan, layers, recipe, low_memory, loss)
                 if recipe.refine_stop and n:
-                    moving &= (losses[-1] - loss > recipe.refine_stop * losses[-1]).view(-1, 1, 1, 1)
+                    moving &= (losses[-1] - value > recipe.refine_stop * losses[-1]).view(-1, 1, 1, 1)
                     if not moving.any():
                         break
                 z = torch.where(moving, update_latents(z, gradient, recipe.alpha), z)
-                losses.append(loss)
+                losses.append(value)
                 updates.append(z)
 
         # one batch predicts the noise of all variants, both guidance halves
@@ -411,7 +423,7 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
             probs = [torch.cat(layer, dim=1) for layer in zip(*(probs for _, probs in parts))]
             maps = read_maps(probs, z.shape[2:], variants, recipe.maps_from)        # [B, V, m, n, T]
             if i >= recipe.mask_from:
-                masks = torch.stack([variant_masks(one, plan.words, z.shape[2:], recipe) for one in maps])
+                masks = torch.stack([make_masks(one, plan.words, z.shape[2:], recipe) for one in maps])
         noise = guide(uncond[:, 0] if shared else blend(uncond, masks), blend(cond, masks), recipe)
         x0 = scheduler.predict_x0(noise, i, z)
         z, history = scheduler.step(noise, i, z, history, generator)

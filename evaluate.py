@@ -242,7 +242,7 @@ class Maker:
         plan = clora.make_plan(self.model, one["prompt"], self.subjects(one), self.style(one), "", method, recipe)
         start, shares = time.time(), []
         noise = torch.cat([clora.initial_noise(self.model, self.size, self.size, seed) for seed in seeds])
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        generators = clora.step_generators(noise, seeds)
         for step in clora.compose(self.model, plan, recipe, noise, generators):
             if step.masks is not None and step.index >= recipe.mask_from:
                 shares.append(step.masks.mean(dim=(2, 3)))                          # [B, V]

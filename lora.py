@@ -21,6 +21,7 @@ import json
 import math
 import pickle
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,10 +151,7 @@ def read_lora(path: str | Path, unet: nn.Module, text_encoder: nn.Module | None 
     file = _File(Path(path))
     targets = {"unet": _targets(unet), "text_encoder": _targets(text_encoder, long=True) if text_encoder else {}}
     names = {"unet": _unet_names(unet, targets["unet"]), "text_encoder": _text_names(targets["text_encoder"])}
-    matches = {key: KEY.fullmatch(key) for key in file.shapes}
-    if not any(matches.values()):
-        raise file.error(f"has no LoRA keys (first: {next(iter(file.shapes), 'none at all')}); "
-                         f"it looks like {_guess(NOT_A_LORA, file.shapes) or 'something else'}, name a LoRA file")
+    matches = file.match_keys()
     groups: dict[tuple[str, str], dict[str, str]] = {}          # (half, module name) -> {part: key}
     unknown = []
     for key, match in matches.items():
@@ -174,11 +172,8 @@ def read_lora(path: str | Path, unet: nn.Module, text_encoder: nn.Module | None 
     layers: dict[str, dict[str, LoRALayer]] = {"unet": {}, "text_encoder": {}}
     for (half, name), parts in groups.items():
         layers[half][name] = _read_layer(file, half, name, parts, targets[half][name][1])
-    text = "\n".join(file.shapes)
-    naming = "kohya" if re.search("^lora_", text, re.M) else "peft" if "lora_A" in text else "diffusers"
-    kind = next((kind for word, kind in KINDS.items() if word in text), "LoRA")
     ranks = {layer.up.shape[1] for half in layers.values() for layer in half.values()}
-    return LoRA(file.path, file.path.stem, f"{naming} {kind}", file.sha256, tuple(sorted(ranks)), **layers,
+    return LoRA(file.path, file.path.stem, file.format(), file.sha256, tuple(sorted(ranks)), **layers,
                 metadata=file.metadata)
 
 
@@ -256,6 +251,18 @@ class _File:
                 raise self.error(f"is damaged or not a safetensors file ({error}); download it again") from None
             self.metadata, self._get = handle.metadata() or {}, handle.get_tensor
         self.config = self._peft_config()
+
+    def match_keys(self) -> dict[str, re.Match | None]:
+        matches = {key: KEY.fullmatch(key) for key in self.shapes}
+        if not any(matches.values()):
+            raise self.error(f"has no LoRA keys (first: {next(iter(self.shapes), 'none at all')}); "
+                             f"it looks like {_guess(NOT_A_LORA, self.shapes) or 'something else'}, name a LoRA file")
+        return matches
+
+    def format(self) -> str:
+        text = "\n".join(self.shapes)
+        naming = "kohya" if re.search("^lora_", text, re.M) else "peft" if "lora_A" in text else "diffusers"
+        return f"{naming} {next((kind for word, kind in KINDS.items() if word in text), 'LoRA')}"
 
     def _unpickle(self, mmap: bool) -> dict[str, Tensor]:
         try:
@@ -396,3 +403,65 @@ def _dense(delta: Tensor, kernel: list[int]) -> tuple[Tensor, Tensor]:
     if math.prod(kernel) == 1 and width < out:
         return delta, torch.eye(width).view(width, width, *kernel)
     return torch.eye(out), delta.view(out, width, *kernel)
+
+
+# --- what a file says about itself ----------------------------------------------------------------------------------
+
+# kind of layer: how trainers name it, in flat names
+LAYERS = {"attention": "attn", "feed-forward": "_ff_|mlp",
+          "convolutions": "conv|proj_(in|out)|(in|out)_layers|skip_connection|input_blocks_0_0|_op$|^out_2$", "other": ""}
+
+
+def describe(path: str | Path) -> dict[str, str]:
+    """{heading: one printable line} of a LoRA for any model: keys, shapes and metadata are all that it looks at."""
+    file = _File(Path(path))
+    layers, ranks, alphas, widths = set[tuple[str, str]](), set[int](), set[float](), set[int]()
+    for key, match in file.match_keys().items():
+        if match is None:
+            continue
+        half, layer = match["half"] or "", _flat(match["layer"])
+        part = PARTS.get(match["lora"], match["lora"]) or match["other"]
+        text = "te" in half or (not half and re.search("text_model|self_attn", layer))
+        layers.add(("text encoder" if text else "UNet", layer))
+        if part in ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b") and file.shapes[key]:
+            ranks.add(file.shapes[key][0])
+        if part == "alpha" and math.prod(file.shapes[key]) == 1:
+            alphas.add(round(file.tensor(key).item(), 4))
+        if part == "down" and re.search("attn2_to_[kv]$", layer):
+            widths |= set(file.shapes[key][1:2])
+    noted = [file.config.get("unet.lora_alpha"), file.config.get("text_encoder.lora_alpha"),
+             file.metadata.get("ss_network_alpha")]
+    counts = Counter((half, next(kind for kind, names in LAYERS.items() if re.search(names, name))) for half, name in layers)
+    base = [file.metadata.get(key, "") for key in ("ss_base_model_version", "ss_sd_model_name", "modelspec.architecture")]
+    lines = {
+        "format": file.format(),
+        "rank": ", ".join(map(str, sorted(ranks))) or "full",
+        "alpha": ", ".join(f"{alpha:g}" for alpha in sorted(alphas))
+                 or next((str(alpha) for alpha in noted if alpha is not None), "not noted, so the rank"),
+        "layers": "; ".join(f"{half}: " + ", ".join(f"{counts[half, kind]} {kind}" for kind in LAYERS if counts[half, kind])
+                            for half in ("UNet", "text encoder") if any(one == half for one, _ in counts)),
+        "made for": _guess(FAMILIES, file.shapes) or ("SD 1.x" if widths == {768} else ""),
+        "trained on": ", ".join(dict.fromkeys(filter(None, base))),
+        "name": file.metadata.get("ss_output_name", ""),
+        "trigger words": ", ".join(trigger_words(file.metadata)),
+        "sha256": file.sha256}
+    return {heading: text for heading, value in lines.items() if (text := printable(value, 200))}
+
+
+def trigger_words(metadata: dict[str, str]) -> list[str]:
+    """What the trainer noted, the likeliest first: the phrase of the model spec, then kohya's most frequent caption tags."""
+    counts: Counter[str] = Counter()
+    try:
+        for tags in json.loads(metadata.get("ss_tag_frequency", "{}")).values():            # one table per training folder
+            counts.update({tag: count for tag, count in tags.items() if isinstance(count, int)})
+    except (ValueError, AttributeError, RecursionError):        # a stranger's file: anything may be written there
+        pass
+    phrase = metadata.get("modelspec.trigger_phrase", "").partition(",")[0]
+    words = [phrase, *(tag for tag, _ in counts.most_common(5))]
+    return list(dict.fromkeys(filter(None, (printable(word, 60) for word in words))))
+
+
+def printable(text: str, limit: int) -> str:
+    """One line that is safe on a terminal: no control characters, at most `limit` characters."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in text[:10 * limit]).split())
+    return text if len(text) <= limit else text[:limit - 4] + " ..."

@@ -11,12 +11,13 @@ import io
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 from safetensors.torch import save_file
 
 from clora import Plan, Step, Subject, decode, rescale
@@ -48,6 +49,22 @@ def save_picture(path: Path, picture: np.ndarray, settings: dict) -> None:
         chunks.add_text(key, value if isinstance(value, str) else json.dumps(value))
     with in_place(path) as temporary:
         Image.fromarray(picture).save(temporary, pnginfo=chunks)
+
+
+def load_settings(path: Path) -> dict[str, str]:
+    """The text chunks of a PNG as they are. ValueError: no PNG, damaged, or without settings of this program."""
+    try:
+        with warnings.catch_warnings(action="error"), Image.open(path, formats=["PNG"]) as image:
+            chunks = {key: value for key, value in image.info.items() if isinstance(value, str)}
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is no PNG image; name one that clora.py made") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}") from None
+    except Exception as error:                      # Pillow raises many kinds for damaged or enormous content
+        raise ValueError(f"{path} is damaged or no image of clora.py ({error})") from None
+    if "command" not in chunks:
+        raise ValueError(f"{path} carries no settings of clora.py; other programs leave them out when they save an image")
+    return chunks
 
 
 def save_trace(path: Path, steps: Sequence[Step]) -> None:

@@ -1,4 +1,4 @@
-"""Samplers, built from the published scheduler_config.json: DDIM, PNDM as SD 1.5 ships it, DPM-Solver++ (2M).
+"""Samplers, built from the published scheduler_config.json: DDIM, PNDM as SD 1.5 ships it, DPM-Solver++ (2M), LCM.
 
 A scheduler is stateless: `step` returns new latents and the history that the next step needs, and changes nothing.
 
@@ -77,8 +77,8 @@ class Scheduler:
              generator: Generators = None) -> tuple[Tensor, History]:
         """Goes from timesteps[i] to the next lower one -> (latents, history for the next call).
 
-        noise, latents [B, C, h, w]; history is () at the first step; `generator` serves DDIM with eta > 0: one for all
-        rows, or a list with one for each.
+        noise, latents [B, C, h, w]; history is () at the first step; `generator` serves DDIM with eta > 0 and LCM: one for
+        all rows, or a list with one for each.
         """
         raise NotImplementedError
 
@@ -113,6 +113,13 @@ def _alphas_cumprod(config: dict, count: int) -> list[float]:
     return (1.0 - betas).cumprod(0).tolist()
 
 
+def fresh_noise(like: Tensor, generator: Generators) -> Tensor:
+    """[B, C, h, w] drawn where the generator lives, as diffusers does, so that a seed means one picture on every device."""
+    parts = zip(like.split(1), generator) if isinstance(generator, Sequence) else [(like, generator)]
+    return torch.cat([torch.randn(rows.shape, generator=one, device=like.device if one is None else one.device,
+                                  dtype=like.dtype).to(like.device) for rows, one in parts])
+
+
 class DDIM(Scheduler):
     """Denoising diffusion implicit models (arXiv 2010.02502), eq. 12 and 16; eta 0 is deterministic."""
 
@@ -129,11 +136,7 @@ class DDIM(Scheduler):
         sigma = self.eta * math.sqrt((1 - then) / (1 - now) * (1 - now / then))     # eq. 16
         latents = math.sqrt(then) * x0 + math.sqrt(1 - then - sigma ** 2) * noise   # eq. 12
         if self.eta > 0:
-            # drawn where the generator lives, as diffusers does, so that a seed means one picture on every device
-            parts = zip(noise.split(1), generator) if isinstance(generator, Sequence) else [(noise, generator)]
-            fresh = [torch.randn(rows.shape, generator=one, device=noise.device if one is None else one.device,
-                                 dtype=noise.dtype).to(noise.device) for rows, one in parts]
-            latents = latents + sigma * torch.cat(fresh)
+            latents = latents + sigma * fresh_noise(noise, generator)
         return latents, ()
 
 
@@ -211,8 +214,37 @@ class DPMSolverPP(Scheduler):
         return sigma_next / sigma * latents - alpha_next * math.expm1(-h) * mean, (x0,)
 
 
-SCHEDULERS: dict[str, type[Scheduler]] = {"ddim": DDIM, "pndm": PNDM, "dpm++": DPMSolverPP}
-CLASSES = {"DDIMScheduler": "ddim", "PNDMScheduler": "pndm", "DPMSolverMultistepScheduler": "dpm++"}
+class LCM(Scheduler):
+    """Multistep consistency sampling (arXiv 2310.04378, algorithm 3) for models distilled so, or with an LCM-LoRA.
+
+    Each step jumps to the estimate of the clean latents and adds fresh noise of the next timestep; the last one ends there.
+    """
+
+    def make_timesteps(self) -> tuple[int, ...]:
+        # a subset of the timesteps it was distilled at, every train_steps / 50 of them, evenly spread
+        total = self.config.get("original_inference_steps", 50)
+        if self.steps > total:
+            raise ValueError(f"LCM takes at most {total} steps, not {self.steps}; 4 to 8 are usual")
+        return tuple((total - n * total // self.steps) * (self.train_steps // total) - 1 for n in range(self.steps))
+
+    def step(self, noise: Tensor, i: int, latents: Tensor, history: History = (),
+             generator: Generators = None) -> tuple[Tensor, History]:
+        x0 = self.predict_x0(noise, i, latents)
+        if self.config.get("clip_sample", False):
+            limit = self.config.get("clip_sample_range", 1.0)
+            x0 = x0.clamp(-limit, limit)
+        # eq. 9 with sigma_data 0.5: at t = 0 the estimate is the sample itself
+        t = self.timesteps[i] * self.config.get("timestep_scaling", 10.0)
+        skip, out = 0.25 / (t ** 2 + 0.25), t / math.sqrt(t ** 2 + 0.25)
+        clean = out * x0 + skip * latents
+        if i == len(self.timesteps) - 1:
+            return clean, ()
+        then = self.alpha(self.timesteps[i + 1])
+        return math.sqrt(then) * clean + math.sqrt(1 - then) * fresh_noise(clean, generator), ()
+
+
+SCHEDULERS: dict[str, type[Scheduler]] = {"ddim": DDIM, "pndm": PNDM, "dpm++": DPMSolverPP, "lcm": LCM}
+CLASSES = {"DDIMScheduler": "ddim", "PNDMScheduler": "pndm", "DPMSolverMultistepScheduler": "dpm++", "LCMScheduler": "lcm"}
 
 
 def make_scheduler(config: dict, steps: int, name: str | None = None, eta: float = 0.0) -> Scheduler:

@@ -150,6 +150,7 @@ def test_text_lora_can_be_left_out(tmp_path):
     ["--alpha", "3"], ["--temperature", "0.2"], ["--threshold", "0.8"], ["--update-until", "-1"], ["--mask-from", "2"],
     ["--maps-from", "both"], ["--noise-from", "before"], ["--dilate"], ["--guidance", "3"], ["--guidance-rescale", "0.7"],
     ["--clip-skip", "1"], ["--scheduler", "pndm"], ["--scheduler", "dpm++"], ["--eta", "0.5"],
+    ["--scheduler", "lcm"],
     ["--recipe", "release", "--steps", "3"], ["--negative", "nsfw"], ["--refine-at", "1"], ["--rescale-maps"],
     ["--seed", "9"], ["--dtype", "bfloat16"], ["--update-every", "2"], ["--uncond-from", "base"], ["--refine-stop", "1"],
     ["--recipe", "fast", "--steps", "3"]])
@@ -161,6 +162,32 @@ def test_every_setting_changes_the_picture(flags, tmp_path):
         assert not np.array_equal(np.asarray(a), np.asarray(b))
 
 
+@pytest.mark.parametrize("flags, until, refined", [
+    ("", 25, (0, 10, 20)), ("--steps 50", 25, (0, 10, 20)), ("--steps 20", 10, (0, 4, 8)), ("--steps 8", 4, (0, 2, 3)),
+    ("--steps 4", 2, (0, 1, 2)), ("--steps 1", 0, (0,)), ("--steps 100", 50, (0, 20, 40)),
+    ("--steps 20 --update-until 25", 25, (0, 4, 8)), ("--steps 20 --refine-at=7", 10, (7,)),
+    ("--steps 20 --update-until -1 --refine-at=", -1, ()), ("--recipe release --steps 50", 24, (0, 5, 10)),
+    ("--recipe fast --steps 10", 4, (0, 2, 4))])
+def test_step_numbers_move_with_the_number_of_steps(flags, until, refined):
+    recipe = cli.make_recipe(cli.make_parser().parse_args(flags.split()), {})
+    assert (recipe.update_until, recipe.refine_at, recipe.mask_from) == (until, refined, 0)
+
+
+def test_a_model_sets_step_numbers_for_its_own_number_of_steps():
+    own = {"recipe": {"steps": 10, "update_until": -1, "mask_from": 5, "refine_at": (2, 9)}}
+    for flags, expected in ([], (10, -1, 5, (2, 9))), (["--steps", "20"], (20, -1, 10, (4, 18))):
+        recipe = cli.make_recipe(cli.make_parser().parse_args(flags), own)
+        assert (recipe.steps, recipe.update_until, recipe.mask_from, recipe.refine_at) == expected
+
+
+@pytest.mark.parametrize("flags", [["--steps", "4"], ["--steps", "8", "--guidance", "1.5", "--style", f"{STYLE}:1"]])
+def test_lcm(flags, tmp_path):
+    """Alone and with a style LoRA; the noise that it adds is the seed's."""
+    for name in "ab":
+        assert run(*TWO, "--scheduler", "lcm", "--guidance", "1", *flags, out=tmp_path / name) == 0
+    assert (tmp_path / "a/clora-0.png").read_bytes() == (tmp_path / "b/clora-0.png").read_bytes()
+
+
 def test_recipe_flags_cover_every_setting():
     """The flags and their help come from the dataclass; --help says what both recipes take."""
     text = cli.make_parser().format_help()
@@ -170,6 +197,7 @@ def test_recipe_flags_cover_every_setting():
 
 
 @pytest.mark.parametrize("arguments, word", [
+    (["--scheduler", "lcm", "--steps", "51"], "at most 50"),
     (["--steps", "0"], "--steps"), (["--steps", "ten"], "--steps"), (["--height", "100"], "multiples of 8"),
     (["--width", "0"], "multiples of 8"), (["--seeds", ""], "no seed"), (["--seeds", "9-3"], "9-3"), (["--seeds", "x"], "x"),
     (["--seed", str(2 ** 70)], "64 bits"), (["--method", "magic"], "magic"), (["--scheduler", "euler"], "euler"),

@@ -92,6 +92,14 @@ def test_separated_concepts_have_a_lower_loss():
     assert clora.info_nce_loss([left, right]) < clora.info_nce_loss([left, left]) - 0.5
 
 
+def test_noise_of_the_steps_is_drawn_after_the_initial_noise():
+    noise = torch.cat([torch.randn(1, 4, 3, 5, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)])
+    for one, seed, generator in zip(noise, (3, 4), clora.step_generators(noise, (3, 4))):
+        theirs = torch.Generator().manual_seed(seed)
+        assert torch.equal(torch.randn(4, 3, 5, generator=theirs), one)
+        assert torch.equal(torch.randn(1, 4, 3, 5, generator=generator), torch.randn(1, 4, 3, 5, generator=theirs))
+
+
 def test_attention_maps_are_the_mean_over_layers_and_heads():
     layers = [torch.rand(3, 4, 6, 77), torch.rand(3, 4, 6, 77)]
     maps = clora.attention_maps(layers, (2, 3))
@@ -269,6 +277,47 @@ def test_a_batch_gives_what_its_pictures_give_alone(changes, low_memory):
         alone = last([b])[0]
         assert ((together[b] - alone).norm() / alone.norm()).item() < 1e-9
     assert (together[0] - together[1]).norm() > 0.1
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_loss_and_masks_of_ones_own(low_memory):
+    """The update follows the given loss, twice it moves twice as far, and the blend follows the given masks."""
+    torch.manual_seed(0)
+    plan = dataclasses.replace(tiny_plan(), words=((2, 3), (6,)))
+    model = SimpleNamespace(unet=UNet(TINY).double().eval().requires_grad_(False), map_level=1,
+                            scheduler_config=SD15_SCHEDULER)
+    recipe, noise = Recipe(steps=1, refine_at=()), torch.randn(2, 4, 6, 8, dtype=torch.float64)
+    everything_to = [torch.eye(3, dtype=torch.float64)[v].view(3, 1, 1).expand(3, 6, 8) for v in range(3)]
+
+    def one(factor: float, v: int) -> clora.Step:
+        def loss(groups: list[Tensor], temperature: float) -> Tensor:
+            assert len(groups) == 2 and groups[0].shape == (4, 3, 4) and temperature == recipe.temperature
+            return factor * groups[0].square().sum()
+
+        def masks(maps: Tensor, words: tuple, size: tuple, given: Recipe) -> Tensor:
+            assert maps.shape == (3, 3, 4, 77) and words == plan.words and tuple(size) == (6, 8) and given is recipe
+            return everything_to[v]
+        (step,) = clora.compose(model, plan, recipe, noise, None, low_memory, loss=loss, make_masks=masks)
+        return step
+    once, twice, other = one(1, 0), one(2, 0), one(1, 1)
+    assert torch.allclose(twice.losses[0], 2 * once.losses[0])
+    moved, further = once.updates[0] - noise, twice.updates[0] - noise
+    assert moved.norm() > 1e-6 and torch.allclose(further, 2 * moved, rtol=1e-6)
+    assert torch.equal(once.masks[0], everything_to[0]) and not torch.allclose(once.noise, other.noise)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm++"])
+def test_latents_changed_in_place_are_where_the_next_step_starts(scheduler):
+    torch.manual_seed(0)
+    plan = dataclasses.replace(tiny_plan(), words=((2, 3), (6,)))
+    model = SimpleNamespace(unet=UNet(TINY).double().eval().requires_grad_(False), map_level=1,
+                            scheduler_config=SD15_SCHEDULER)
+    recipe = Recipe(steps=3, update_until=-1, scheduler=scheduler)
+    sampler = make_scheduler(SD15_SCHEDULER, 3, scheduler)
+    for step in clora.compose(model, plan, recipe, torch.randn(1, 4, 6, 8, dtype=torch.float64)):
+        if step.index:
+            assert torch.allclose(step.x0, sampler.predict_x0(step.noise, step.index, torch.full_like(step.noise, 0.5)))
+        step.latents.fill_(0.5)
 
 
 def test_repeats_end_when_the_loss_stops_falling():

@@ -40,18 +40,47 @@ def test_a_ddim_step_by_hand(eta):
     assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-5
 
 
+def test_a_step_of_lcm_by_hand():
+    """Timesteps 999, 759, 499, 259 of the 50 from 19 to 999; the jump to x0, then noise of the next timestep."""
+    z, noise = pair()
+    scheduler = make_scheduler(SD15, 4, "lcm")
+    assert scheduler.timesteps == (999, 759, 499, 259)
+    ours, _ = scheduler.step(noise, 1, z, generator=torch.Generator().manual_seed(4))
+    now, then, t = alpha_by_hand(759), alpha_by_hand(499), 7590
+    x0 = (z - math.sqrt(1 - now) * noise) / math.sqrt(now)
+    clean = t / math.hypot(t, 0.5) * x0 + 0.25 / (t * t + 0.25) * z
+    fresh = torch.randn(z.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    theirs = math.sqrt(then) * clean + math.sqrt(1 - then) * fresh
+    assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-5
+    ours, _ = scheduler.step(noise, 3, z)           # the last step adds nothing
+    assert (ours - scheduler.predict_x0(noise, 3, z)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["ddim", "lcm"])
+def test_every_row_has_its_own_noise(name):
+    z, noise = pair()
+    scheduler = make_scheduler(SD15, 10, name, eta=1.0)
+    both, _ = scheduler.step(noise, 0, z, generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)])
+    for row, seed in enumerate((3, 4)):
+        one = slice(row, row + 1)
+        alone, _ = scheduler.step(noise[one], 0, z[one], generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(both[one], alone)
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_the_true_noise_leads_back_to_the_picture(name):
-    """If the prediction is always the noise that was added, every sampler must arrive at the clean latents."""
+    """If the prediction is always the noise that is in the latents, every sampler must arrive at the clean ones."""
     clean, noise = pair()
     scheduler = make_scheduler(SD15, 20, name)
     z, history = scheduler.add_noise(clean, noise, scheduler.timesteps[0]), ()
-    for i in range(len(scheduler.timesteps)):
+    for i, t in enumerate(scheduler.timesteps):
+        if name == "lcm":                   # it has drawn new noise
+            noise = (z - math.sqrt(scheduler.alpha(t)) * clean) / math.sqrt(1 - scheduler.alpha(t))
         assert (scheduler.predict_x0(noise, i, z) - clean).abs().max() < 1e-5
         z, history = scheduler.step(noise, i, z, history)
         if name == "pndm" and i == 0:       # its second move starts over from the same place
             continue
-    last = 0 if name == "dpm++" else 1 - scheduler.final_alpha
+    last = 0 if name in ("dpm++", "lcm") else 1 - scheduler.final_alpha
     assert (z - math.sqrt(1 - last) * clean - math.sqrt(last) * noise).abs().max() < 1e-5
 
 
@@ -62,9 +91,9 @@ def test_nothing_is_changed_in_place(name):
     before, history = (z.clone(), noise.clone()), ()
     outs = []
     for _ in range(2):                      # the same calls twice: no hidden state
-        x, history = z, ()
+        x, history, generator = z, (), torch.Generator().manual_seed(0)
         for i in range(4):
-            x, history = scheduler.step(noise, i, x, history)
+            x, history = scheduler.step(noise, i, x, history, generator)
         outs.append(x)
     assert torch.equal(*outs) and torch.equal(z, before[0]) and torch.equal(noise, before[1])
 
@@ -83,7 +112,8 @@ def test_precision_is_kept(name, dtype):
     ({"thresholding": True}, "ddim", "thresholding"), ({"rescale_betas_zero_snr": True}, "ddim", "rescale_betas_zero_snr"),
     ({"skip_prk_steps": False}, None, "skip_prk_steps"), ({"beta_schedule": "wild"}, None, "wild"),
     ({"timestep_spacing": "wild"}, "ddim", "wild"), ({"use_karras_sigmas": True}, "dpm++", "use_karras_sigmas"),
-    ({"solver_order": 3}, "dpm++", "solver_order"), ({}, "euler", "euler"), ({"_class_name": None}, None, "no class")])
+    ({"solver_order": 3}, "dpm++", "solver_order"), ({}, "euler", "euler"),
+    ({"original_inference_steps": 9}, "lcm", "at most 9 steps"), ({"_class_name": None}, None, "no class")])
 def test_configs_that_are_refused(change, name, word):
     with pytest.raises(ValueError, match=word) as caught:
         make_scheduler({**SD15, **change}, 10, name)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import weights
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
-from weights import load_model
+from weights import find_lora, load_model
 from weights.names import ldm_unet_name, ldm_vae_name
 
 GOLDEN = Path(__file__).parent / "golden/model"
@@ -253,3 +253,81 @@ def test_the_hub_out_of_reach(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "list_repo_files", fail)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     assert "someone/some-model" in refused("someone/some-model")
+
+
+CAT = Path(__file__).parent / "golden/loras/cat_peft.safetensors"
+
+
+def cache(folder: Path, repo: str, *names: str) -> Path:
+    """A hub cache as huggingface_hub lays it out, with a LoRA under these names -> its snapshot."""
+    root, commit = folder / f"models--{repo.replace('/', '--')}", "0123456789abcdef0123456789abcdef01234567"
+    snapshot = root / "snapshots" / commit
+    for path in (root / "refs", root / "blobs", snapshot):
+        path.mkdir(parents=True)
+    (root / "refs/main").write_text(commit)
+    shutil.copy(CAT, root / "blobs/cafe")
+    for name in names:
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(root / "blobs/cafe")
+    return snapshot
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "hub"
+
+
+def not_found(source: str) -> str:
+    with pytest.raises(ValueError) as caught:
+        find_lora(source)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_lora_in_the_hubs_cache(offline):
+    one = cache(offline, "someone/cat-lora", "cat.safetensors")
+    two = cache(offline, "someone/cats", "a.safetensors", "pytorch_lora_weights.safetensors", "old/b [1].safetensors")
+    several = "".join(f"{n}.safetensors " for n in range(12)).split()
+    cache(offline, "someone/many", *several)
+    cache(offline, "someone/none", "README.md")
+    assert find_lora("someone/cat-lora") == find_lora("someone/cat-lora:cat.safetensors") == one / "cat.safetensors"
+    assert find_lora("someone/cats") == two / "pytorch_lora_weights.safetensors"
+    assert find_lora("someone/cats:old/b [1].safetensors") == two / "old/b [1].safetensors"
+    assert "0.safetensors, 1.safetensors, 10" in not_found("someone/many") and "..." in not_found("someone/many")
+    assert "no .safetensors" in not_found("someone/none")
+    for source in ("someone/else", "someone/cats:c.safetensors", "someone/else:c.safetensors", "a..b/--c"):
+        assert source.split(":")[0] in not_found(source) and "cannot be reached" in not_found(source)
+
+
+def test_a_file_wins_over_the_hub(offline):
+    cache(offline, "someone/cats", "a.safetensors")
+    Path("someone").mkdir()
+    shutil.copy(CAT, "someone/cats")
+    assert find_lora("someone/cats") == Path("someone/cats")
+    for name in ("someone/cat.safetensors", "cat", "a/b/c", "x.safetensors", "someone/cat.pt"):        # paths, if wrong ones
+        assert find_lora(name) == Path(name)
+
+
+def test_a_lora_on_the_hub(tmp_path, monkeypatch):
+    import huggingface_hub
+    asked = []
+
+    def download(repo, allow_patterns, local_files_only):
+        assert not local_files_only
+        asked.append((repo, *allow_patterns))
+        for name in allow_patterns:
+            shutil.copy(CAT, tmp_path / name)
+        return str(tmp_path)
+    files = ["README.md", "a.safetensors", "b.safetensors", "b.bin"]
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo: files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert "a.safetensors, b.safetensors" in not_found("someone/cats") and not asked
+    assert "no file c.safetensors" in not_found("someone/cats:c.safetensors") and not asked
+    assert find_lora("someone/cats:b.safetensors") == tmp_path / "b.safetensors"
+    files.remove("b.safetensors")
+    assert find_lora("someone/cats") == tmp_path / "a.safetensors"
+    assert asked == [("someone/cats", "b.safetensors"), ("someone/cats", "a.safetensors")]

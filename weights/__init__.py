@@ -9,10 +9,11 @@ Weights are memory-mapped and become the modules' parameters without a second co
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +38,8 @@ SD15_TEXT = {
     "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 768,
     "vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1,
 }
+LORA_ENDINGS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
+NOT_CACHED = "{} is not in the local cache, and the hub cannot be reached or has no such repository"
 TOKENIZER_ID = "openai/clip-vit-large-patch14"              # SD 1.5's tokenizer, for single files
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
 
@@ -187,14 +190,10 @@ def from_ldm(state: dict[str, Tensor], unet_config: UNetConfig = UNetConfig(), v
 
 def _fetch(repo: str, dtype: torch.dtype) -> Path:
     """Downloads what is used of a hub model, or finds it in the cache -> its folder."""
-    from huggingface_hub import list_repo_files, snapshot_download
     wanted = ["model_index.json", "clora.json", "scheduler/scheduler_config.json"]
     wanted += [f"{part}/config.json" for part in ("unet", "vae", "text_encoder")]
     wanted += [f"tokenizer/{name}" for name in TOKENIZER_FILES]
-    try:
-        present = set(list_repo_files(repo))
-    except Exception:                               # offline: whatever an earlier call fetched
-        present = None
+    present = _list(repo)
     for part, stem in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
         full, half = f"{part}/{stem}.safetensors", f"{part}/{stem}.fp16.safetensors"
         if present is None:
@@ -203,10 +202,71 @@ def _fetch(repo: str, dtype: torch.dtype) -> Path:
             wanted.append(half)
         else:
             wanted.append(full)
+    return _download(repo, wanted, offline=present is None)
+
+
+def split_weight(text: str) -> tuple[str, float | None]:
+    """"cat.safetensors:0.8" -> ("cat.safetensors", 0.8); the weight is optional."""
+    match = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+))", text)
+    return (match[1], float(match[2])) if match else (text, None)
+
+
+def find_lora(source: str | Path) -> Path:
+    """A LoRA's file: a path as it is, or "user/repo" or "user/repo:file.safetensors" on the hub or in its cache.
+
+    A file that exists wins over a repository of that name. As everywhere with the hub its newest version is taken, and the
+    cached one where the hub cannot be reached. Without a file name: pytorch_lora_weights.safetensors, else the only
+    .safetensors. ValueError: nothing like that there.
+    """
+    place = hub_place(source)
+    if place is None:
+        return Path(source)                         # read_lora says what is wrong with it
+    repo, name = place
+    present = _list(repo)
+    if name is None:
+        names = present
+        if names is None:
+            folder = _download(repo, ["*.safetensors"], offline=True)
+            names = {file.relative_to(folder).as_posix() for file in folder.rglob("*.safetensors")}
+        candidates = sorted(file for file in names if file.endswith(".safetensors"))
+        usual = "pytorch_lora_weights.safetensors"
+        if usual not in candidates and len(candidates) != 1:
+            several = f"has several LoRAs: {', '.join(candidates[:9])}{' ...' if len(candidates) > 9 else ''}; name one"
+            raise ValueError(f"{repo} {several if candidates else 'has no .safetensors file'} as {repo}:FILE.safetensors")
+        name = usual if usual in candidates else candidates[0]
+    elif present is not None and name not in present:
+        raise ValueError(f"{repo} has no file {name}; there are "
+                         f"{', '.join(sorted(file for file in present if file.endswith(LORA_ENDINGS))[:9]) or 'no LoRAs'}")
+    file = _download(repo, [glob.escape(name)], offline=present is None) / name
+    if not file.is_file():
+        raise ValueError(f"{repo} cannot be loaded: {NOT_CACHED.format(name)}")
+    return file
+
+
+def hub_place(source: str | Path) -> tuple[str, str | None] | None:
+    """("user/repo", file or None) if that is what `source` means and not a path."""
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::(.+))?", str(source))
+    if Path(source).exists() or match is None or (match[2] is None and Path(source).suffix in LORA_ENDINGS):
+        return None
+    return match[1], match[2]
+
+
+def _list(repo: str) -> set[str] | None:
+    """The files of a hub repository, or None where the hub does not tell: then whatever an earlier call fetched counts."""
+    from huggingface_hub import list_repo_files
     try:
-        return Path(snapshot_download(repo, allow_patterns=wanted, local_files_only=present is None))
+        return set(list_repo_files(repo))
+    except Exception:
+        return None
+
+
+def _download(repo: str, wanted: Sequence[str], offline: bool) -> Path:
+    """The folder of a hub repository with these files of it, as far as it has them."""
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(repo, allow_patterns=list(wanted), local_files_only=offline))
     except Exception as error:
-        reason = "it is not in the local cache and the hub cannot be reached" if present is None else error
+        reason = NOT_CACHED.format("it") if offline else error
         raise ValueError(f"{repo} cannot be loaded: {reason}") from None
 
 

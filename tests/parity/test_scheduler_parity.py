@@ -8,9 +8,10 @@ diffusers = pytest.importorskip("diffusers")
 from scheduler import make_scheduler  # noqa: E402
 
 BASE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-CLASSES = {"ddim": "DDIMScheduler", "pndm": "PNDMScheduler", "dpm++": "DPMSolverMultistepScheduler"}
+CLASSES = {"ddim": "DDIMScheduler", "pndm": "PNDMScheduler", "dpm++": "DPMSolverMultistepScheduler",
+           "lcm": "LCMScheduler"}
 OWN = {"ddim": {"set_alpha_to_one": False, "clip_sample": False},
-       "pndm": {"set_alpha_to_one": False, "skip_prk_steps": True}, "dpm++": {}}
+       "pndm": {"set_alpha_to_one": False, "skip_prk_steps": True}, "dpm++": {}, "lcm": {}}
 
 
 def fake_model(latents: torch.Tensor, t: int) -> torch.Tensor:
@@ -26,7 +27,7 @@ def compare(name: str, steps: int, config: dict, eta: float = 0.0) -> None:
     generator = torch.Generator().manual_seed(0)
     a = b = torch.randn(2, 4, 4, 6, generator=generator)
     history, ours_rng, theirs_rng = (), torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
-    more = {"eta": eta, "generator": theirs_rng} if name == "ddim" else {}
+    more = {"ddim": {"eta": eta, "generator": theirs_rng}, "lcm": {"generator": theirs_rng}}.get(name, {})
     for i, t in enumerate(ours.timesteps):
         a, history = ours.step(fake_model(a, t), i, a, history, ours_rng)
         b = theirs.step(fake_model(b, t), t, b, **more).prev_sample
@@ -41,6 +42,22 @@ def test_every_step(name, eta, offset, steps):
         pytest.raises(ValueError, make_scheduler, {**BASE, "timestep_spacing": "leading", "steps_offset": 1}, 999, "dpm++")
         return      # it would begin at timestep 1000, which was never trained; diffusers goes there and gives NaN
     compare(name, steps, {**BASE, **OWN[name], "steps_offset": offset, "timestep_spacing": "leading"}, eta)
+
+
+@pytest.mark.parametrize("more", [{}, {"clip_sample": True}, {"original_inference_steps": 100, "timestep_scaling": 3.0},
+                                  {"steps_offset": 1, "timestep_spacing": "trailing"}])
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 50])
+def test_every_step_of_lcm(steps, more):
+    compare("lcm", steps, {**BASE, **more})
+
+
+def test_every_schedule_of_lcm():
+    for steps in range(1, 51):
+        theirs = diffusers.LCMScheduler(**BASE)
+        theirs.set_timesteps(steps)
+        assert list(make_scheduler(BASE, steps, "lcm").timesteps) == theirs.timesteps.tolist()
+    pytest.raises(ValueError, make_scheduler, BASE, 51, "lcm")
+    pytest.raises(ValueError, diffusers.LCMScheduler(**BASE).set_timesteps, 51)
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "linspace"])
@@ -65,8 +82,9 @@ def test_another_sampler_from_the_published_config(name):
     ours = make_scheduler(published, 25, name)
     assert list(ours.timesteps) == theirs.timesteps.tolist()
     a = b = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
-    history = ()
+    history, ours_rng, theirs_rng = (), torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
+    more = {"generator": theirs_rng} if name == "lcm" else {}
     for i, t in enumerate(ours.timesteps):
-        a, history = ours.step(fake_model(a, t), i, a, history)
-        b = theirs.step(fake_model(b, t), t, b).prev_sample
+        a, history = ours.step(fake_model(a, t), i, a, history, ours_rng)
+        b = theirs.step(fake_model(b, t), t, b, **more).prev_sample
         assert ((a - b).norm() / b.norm()).item() < 1e-5

@@ -60,9 +60,12 @@ def test_text_encoder_names():
     assert ours.keys() == converted.keys() and all(torch.equal(ours[key], converted[key]) for key in ours)
 
 
-@pytest.mark.parametrize("height, width", [(64, 64), (64, 96)])
-def test_a_plain_picture_equals_the_pipeline(height, width):
-    """Method base, DDIM, guidance 7.5: initial noise, prompts, loop, guidance and decoding together."""
+@pytest.mark.parametrize("height, width, changes, kind", [
+    (64, 64, {}, None), (64, 96, {}, None), (64, 96, {"eta": 0.5}, None),
+    (64, 96, {"scheduler": "lcm", "guidance": 1.5}, "LCMScheduler"),
+    (64, 64, {"scheduler": "lcm", "guidance": 1.0}, "LCMScheduler")])
+def test_a_plain_picture_equals_the_pipeline(height, width, changes, kind):
+    """Method base: initial noise, prompts, loop, guidance, the noise that samplers add, and decoding together."""
     import dataclasses
 
     import numpy as np
@@ -70,11 +73,15 @@ def test_a_plain_picture_equals_the_pipeline(height, width):
     import clora
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(GOLDEN, safety_checker=None, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
+    if kind:
+        pipeline.scheduler = getattr(diffusers, kind).from_config(pipeline.scheduler.config)
+    recipe = dataclasses.replace(clora.RECIPES["paper"], steps=6, **changes)
     image = pipeline("a cat and a dog", negative_prompt="nsfw", height=height, width=width, num_inference_steps=6,
-                     guidance_scale=7.5, generator=torch.Generator().manual_seed(5), output_type="np").images[0]
+                     guidance_scale=recipe.guidance, eta=recipe.eta, generator=torch.Generator().manual_seed(5),
+                     output_type="np").images[0]
     model = load_model(GOLDEN)
-    recipe = dataclasses.replace(clora.RECIPES["paper"], steps=6)
     plan = clora.make_plan(model, "a cat and a dog", negative="nsfw", method="base", recipe=recipe)
-    *_, last = clora.compose(model, plan, recipe, clora.initial_noise(model, height, width, 5))
+    noise = clora.initial_noise(model, height, width, 5)
+    *_, last = clora.compose(model, plan, recipe, noise, clora.step_generators(noise, [5]))
     ours = clora.decode(model, last.latents)[0].numpy()
     assert np.abs(ours - (image * 255).round()).max() <= 1

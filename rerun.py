@@ -1,0 +1,97 @@
+"""Runs an image again from the settings that it carries: python clora.py --from image.png [flags that change something].
+
+The settings come from strangers. They are read as arguments by the command line's own parser, never run; what they may say
+is a list (KEPT), so that no image can name a place to write to; and the hashes tell which files have changed since.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import report
+from clora import Recipe, Subject
+from lora import LoRA
+from weights import Model, hub_place, split_weight
+
+KEPT = ("model", "prompt", "negative", "method", "seed", "height", "width", "dtype", "device", "low_memory", "style")
+
+
+def recall(argv: Sequence[str], image: Path, make_parser: Callable[..., argparse.ArgumentParser]) -> argparse.Namespace:
+    """The arguments that made an image, with those of argv on top.
+
+    Beside what argv gives: `recorded` has the recipe's values (none if argv names another --recipe), `chunks` the settings.
+    A --lora of argv takes the place of the image's for the same word. ValueError: settings that cannot be used.
+    """
+    chunks = report.load_settings(image)
+    try:
+        words = shlex.split(chunks["command"])
+        if words[:2] != ["python", "clora.py"]:
+            raise ValueError("its command is not one of clora.py")
+        then = make_parser(add_help=False).parse_args(words[2:])
+        if then.prompt is None:
+            raise ValueError("its command has no --prompt")
+        hashes_of(chunks)
+    except ValueError as error:
+        raise ValueError(f"the settings of {image} cannot be used: {error}") from None
+    kept = {name: getattr(then, name) for name in KEPT}
+    args = make_parser().parse_args(argv, argparse.Namespace(**kept, recipe=None, lora=None))
+    args.chunks, args.recorded = chunks, {}
+    if args.recipe is None:
+        fields = [field.name for field in dataclasses.fields(Recipe)]
+        args.recipe = then.recipe
+        args.recorded = {name: getattr(then, name) for name in fields if getattr(then, name) is not None}
+    if args.model == then.model:
+        args.model = locate(then.model, image)
+    if args.style is not None and args.style == then.style:
+        args.style = locate(then.style, image, "--style FILE")
+    given = {word_of(words): [file, words] for file, words in args.lora or []}
+    loras = {word_of(words): [file, words] for file, words in then.lora or []}
+    found = {word: [locate(file, image, f'--lora FILE "{words}"'), words] for word, (file, words) in loras.items()
+             if word not in given}
+    args.lora = list({**loras, **found, **given}.values())          # in the image's order
+    return args
+
+
+def word_of(words: str) -> str:
+    return words.partition("=")[0].strip().lower()
+
+
+def locate(name: str, image: Path, remedy: str = "") -> str:
+    """Recorded paths are relative to where the user was: here, around the image, or the repository. As recorded if nowhere.
+
+    ValueError if there is a remedy, the flag that says where the file is now, and `name` is no place on the hub either.
+    """
+    path, _ = split_weight(name)
+    if Path(path).exists():
+        return name
+    for folder in (image.parent, image.parent.parent, Path(__file__).parent):
+        if (folder / path).exists():
+            return str(folder / path) + name[len(path):]
+    if remedy and hub_place(path) is None:
+        raise ValueError(f"{image} was made with {path}, which is not there; say where it is: {remedy}")
+    return name
+
+
+def hashes_of(chunks: dict[str, str]) -> dict[str, str]:
+    """{"model", "style" or a subject's word: hash} as the image has them. ValueError: damaged."""
+    try:
+        model, loras, style = (json.loads(chunks.get(key, "null")) for key in ("model", "loras", "style"))
+        hashes = {"model": model["hash"], **{one["subject"].lower(): one["sha256"] for one in loras}}
+        return hashes if style is None else {**hashes, "style": style["sha256"]}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ValueError("they are damaged") from None
+
+
+def changed_files(args: argparse.Namespace, model: Model, subjects: Sequence[Subject], style: tuple[LoRA, float] | None
+                  ) -> list[str]:
+    """A line for every file that is not what the image was made with."""
+    now = {"model": (args.model, model.hash()), **{s.word.lower(): (s.lora.path, s.lora.sha256) for s in subjects}}
+    if style is not None:
+        now["style"] = style[0].path, style[0].sha256
+    return [f"{now[key][0]} is not what {args.source} was made with (hash {now[key][1][:8]}, then {then[:8]})"
+            for key, then in hashes_of(args.chunks).items() if key in now and now[key][1] != then]

@@ -1,0 +1,61 @@
+"""The examples run as they are, on the embedded model with few steps, and each changes what it says it changes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from examples import other_loss, other_sampler, own_masks
+from scheduler import SCHEDULERS, make_scheduler
+
+SD15 = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+        "num_train_timesteps": 1000, "set_alpha_to_one": False, "steps_offset": 1}
+EXAMPLES = Path(other_loss.__file__).parent
+
+
+def test_they_are_short():
+    assert all(len(path.read_text().splitlines()) < 60 for path in EXAMPLES.glob("*.py"))
+
+
+def test_another_loss(tmp_path):
+    left, right = torch.zeros(2, 4, 4), torch.zeros(2, 4, 4)
+    left[..., :2], right[..., 2:] = 1, 1
+    assert other_loss.overlap_loss([left, right], 0.5) == 0 and other_loss.overlap_loss([left, left * 3], 0.5) == 1
+    seen = other_loss.main(steps=2, out=str(tmp_path / "a.png"))
+    losses = [loss.item() for step in seen for loss in step.losses]
+    assert len(losses) == 2 and all(0 < loss < 1 for loss in losses)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (128, 128)
+
+
+@pytest.fixture
+def euler():
+    yield other_sampler.Euler
+    SCHEDULERS.pop("euler", None)
+
+
+def test_another_sampler_is_ddim(euler):
+    """Euler's step in x = z / sqrt(a) over sigma is DDIM's without noise, where the timesteps are the same."""
+    generator = torch.Generator().manual_seed(0)
+    z, noise = (torch.randn(1, 4, 3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    ours, theirs = euler(SD15, 50), make_scheduler(SD15 | {"clip_sample": False}, 50, "ddim")
+    for i in (0, 20, 49):
+        assert torch.allclose(ours.step(noise, i, z)[0], theirs.step(noise, i, z)[0], rtol=1e-9)
+
+
+def test_another_sampler_runs(euler, tmp_path):
+    seen = other_sampler.main(steps=2, out=str(tmp_path / "a.png"))
+    assert len(seen) == 2 and all(step.latents.abs().max() <= 4 for step in seen) and (tmp_path / "a.png").exists()
+
+
+def test_masks_from_a_picture(tmp_path):
+    picture = Image.new("RGB", (8, 4))
+    picture.paste((255, 0, 0), (0, 0, 2, 4))
+    picture.paste((0, 0, 255), (4, 0, 8, 4))
+    picture.save(tmp_path / "masks.png")
+    seen = own_masks.main(steps=2, masks=tmp_path / "masks.png", out=str(tmp_path / "a.png"))
+    expected = torch.zeros(1, 3, 16, 16)
+    expected[0, 0, :, 4:8], expected[0, 1, :, :4], expected[0, 2, :, 8:] = 1, 1, 1
+    assert all(torch.equal(step.masks, expected) and not step.losses for step in seen)
+    assert own_masks.read_masks(own_masks.MASKS, 16, 16).sum((1, 2)).min() > 20
