@@ -35,7 +35,13 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        self.exit(2, f"clora: {message}\n")
+        self.exit(2, f"{Path(self.prog).stem}: {one_line(message)}\n")
+
+
+def one_line(message: object) -> str:
+    """A message without line breaks, and not longer than a screen shows."""
+    text = " ".join(str(message).split())
+    return text if len(text) <= 700 else text[:700] + " ..."
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
@@ -48,6 +54,8 @@ def whole_numbers(text: str) -> tuple[int, ...]:
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first or last - first >= 100_000:
             raise argparse.ArgumentTypeError(f"the range {part} is empty or too long")
+        if len(numbers) + last - first >= 100_000:
+            raise argparse.ArgumentTypeError("more than 100,000 numbers")
         numbers += range(first, last + 1)
     return tuple(numbers)
 
@@ -101,7 +109,24 @@ def make_recipe(args: argparse.Namespace, model_settings: dict) -> Recipe:
     """The named recipe, then what the model's own clora.json sets, then the flags."""
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)
              if getattr(args, field.name) is not None}
-    recipe = dataclasses.replace(RECIPES[args.recipe], **{**model_settings.get("recipe", {}), **given})
+    return changed(changed(RECIPES[args.recipe], model_settings.get("recipe", {}), "clora.json"), given, "flags")
+
+
+def changed(recipe: Recipe, values: dict, where: str) -> Recipe:
+    """The recipe with these values; ValueError names one that is unknown, of another type or out of range."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: the settings must be an object like {{\"alpha\": 2}}")
+    types = {bool: bool, int: int, float: int | float, str: str, type(None): int | None, tuple: tuple | list}
+    for name, value in values.items():
+        if name not in Recipe.__dataclass_fields__:
+            raise ValueError(f"{where}: there is no setting called {name}")
+        like = getattr(RECIPES["paper"], name)
+        parts = value if isinstance(value, tuple | list) else ()
+        if not isinstance(value, types[type(like)]) or isinstance(value, bool) > isinstance(like, bool) or \
+                not all(type(part) is int for part in parts) or value not in CHOICES.get(name, [value]):
+            raise ValueError(f"{where}: {name} cannot be {value!r}")
+    recipe = dataclasses.replace(recipe, **{name: tuple(value) if isinstance(value, list) else value
+                                            for name, value in values.items()})
     for name, low, high in (("steps", 1, 1000), ("temperature", 1e-6, 1e6), ("guidance", 1, 1e4), ("eta", 0, 1),
                             ("threshold", 0, 1), ("refine_steps", 0, 10_000), ("guidance_rescale", 0, 1),
                             ("switch_every", 1, 1000), ("update_every", 1, 1000), ("refine_stop", 0, 1),
@@ -116,7 +141,16 @@ def make_recipe(args: argparse.Namespace, model_settings: dict) -> Recipe:
 def split_weight(text: str) -> tuple[str, float | None]:
     """"cat.safetensors:0.8" -> ("cat.safetensors", 0.8); the weight is optional."""
     match = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+))", text)
+    if match and not abs(float(match[2])) <= 1e4:
+        raise ValueError(f"{text}: the weight of a LoRA must be between -10000 and 10000")
     return (match[1], float(match[2])) if match else (text, None)
+
+
+def check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except Exception as error:          # RuntimeError, AssertionError: whatever the backend says
+        raise ValueError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); use --device cpu") from None
 
 
 def read_subjects(args: argparse.Namespace, model: Model) -> tuple[list[Subject], tuple[LoRA, float] | None]:
@@ -191,8 +225,7 @@ def run(args: argparse.Namespace) -> None:
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", args.device):
         raise ValueError(f"--device {args.device} is not known; use cpu or cuda")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: PyTorch sees no CUDA device here; use --device cpu")
+    check_device(args.device)
     args.dtype = args.dtype or ("float16" if args.device.startswith("cuda") else "float32")
     out = Path(args.out)
     try:                                                    # say so now, not after the first image
@@ -200,6 +233,8 @@ def run(args: argparse.Namespace) -> None:
         tempfile.TemporaryFile(dir=out).close()
         trace = Path(args.trace) if args.trace else None
         if trace is not None:
+            if trace.is_dir():
+                raise ValueError(f"--trace {trace} is a folder; name a file")
             tempfile.TemporaryFile(dir=trace.parent).close()
     except OSError as error:
         raise ValueError(f"cannot write to {error.filename or args.out}: {error.strerror}") from None
@@ -213,7 +248,7 @@ def run(args: argparse.Namespace) -> None:
     plan = clora.make_plan(model, args.prompt, subjects, style, args.negative, args.method, recipe)
     for text in filter(None, [args.prompt, args.negative]):
         if cut := model.text.truncated(text):
-            print(f'clora: warning: CLIP reads 77 tokens; this was cut off: "{cut}"', file=sys.stderr)
+            print(f'clora: warning: CLIP reads 77 tokens; this was cut off: "{one_line(cut)}"', file=sys.stderr)
 
     panel = (demo if args.panel is None else args.panel) and bool(plan.concepts)
     for start in range(0, len(seeds), args.batch):
@@ -247,16 +282,19 @@ def main(argv: list[str] | None = None) -> int:
     """-> exit code: 0 when every image was made, 2 for bad input, 130 when interrupted."""
     args = make_parser().parse_args(argv)
     try:
+        "".join(map(str, vars(args).values())).encode()      # what is no text cannot be written into a picture
         run(args)
         return 0
     except (torch.OutOfMemoryError, MemoryError):
-        message = "out of memory: use --low-memory, lower --height and --width, or use --dtype float16"
+        message = "out of memory: use --low-memory, lower --batch, --height and --width, or use --dtype float16"
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise
-        message = "out of memory: use --low-memory, lower --height and --width, or use --dtype bfloat16"
+        message = "out of memory: use --low-memory, lower --batch, --height and --width, or use --dtype bfloat16"
+    except UnicodeEncodeError as error:
+        message = f"{error.object[error.start:error.end]!r} in an argument is not valid UTF-8; write it as text"
     except (ValueError, OSError) as error:
-        message = " ".join(str(error).split())
+        message = one_line(error)
     except KeyboardInterrupt:
         print("\nclora: interrupted; finished images are kept", file=sys.stderr)
         return 130
