@@ -282,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     """-> exit code: 0 when every image was made, 2 for bad input, 130 when interrupted."""
     args = make_parser().parse_args(argv)
     try:
-        "".join(map(str, vars(args).values())).encode()      # what is no text cannot be written into a picture
+        " ".join(sys.argv if argv is None else argv).encode()       # what is no text cannot be written into a picture
         run(args)
         return 0
     except (torch.OutOfMemoryError, MemoryError):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -329,6 +328,6 @@ def _check(values: dict, like: dict, path: Path) -> None:
         parts = value if isinstance(value, tuple) and (several or name == "attention_head_dim") else [value]
         kind = type(like[name][0] if several else like[name])
         limit = 64 if "layers" in name else 100_000
-        if len(parts) > 16 or not all((type(part) is kind or kind is float and type(part) is int)
-                                      and (kind is str or math.isfinite(part) and 0 <= part <= limit) for part in parts):
+        if len(parts) > 16 or not all(type(part) in (kind, int if kind is float else kind)
+                                      and (kind is str or 0 <= part <= limit) for part in parts):
             raise ValueError(f"{path}: {name} cannot be {str(value)[:100]}")
