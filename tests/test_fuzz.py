@@ -79,7 +79,8 @@ def command(out: Path, *argv: str) -> int:
     try:
         check_end(code, stdout.getvalue(), stderr.getvalue(), out)
     finally:
-        shutil.rmtree(out, ignore_errors=True)
+        if out.is_dir():
+            shutil.rmtree(out)
     return code
 
 

@@ -27,8 +27,8 @@ import weights
 from weights.toy import judge
 
 ROOT = Path(__file__).parents[1]
-SWEEP = ["--prompts", "2", "--seeds", "0-2", "--methods", "merge,base", "--batch", "2", "--set", '{"steps": 1}', "--no-scores",
-         "--quiet"]
+SWEEP = ["--prompts", "2", "--seeds", "0-2", "--methods", "merge,base", "--batch", "2", "--set", '{"steps": 1}',
+         "--no-scores", "--quiet"]
 WANTED = {(column, number, seed) for column in ("merge", "base") for number in range(2) for seed in range(3)}
 CLORA = ["--steps", "2", "--refine-steps", "0", "--quiet", "--no-panel"]
 
@@ -143,7 +143,8 @@ def two_sweeps(base: Path) -> None:
     code = end(fork("evaluate.py", [*SWEEP, "--out", str(folder)], logs[1]))
     os.kill(first, signal.SIGCONT)
     message = logs[1].read_text()
-    assert code == 2 and message.count("\n") == 1 and f"another process is writing to {folder / 'results-0.jsonl'}" in message
+    assert code == 2 and message.count("\n") == 1, message
+    assert f"another process is writing to {folder / 'results-0.jsonl'}" in message
     assert end(first) == 0, logs[0].read_text()
     check_whole(folder, images(folder))
 
