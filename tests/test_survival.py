@@ -24,6 +24,7 @@ from PIL import Image
 import cli
 import evaluate
 import weights
+from tests.test_fuzz import FLAGS, PROMPTS, TRIED
 from weights.toy import judge
 
 ROOT = Path(__file__).parents[1]
@@ -170,7 +171,23 @@ def two_pictures(base: Path) -> None:
     assert path.read_bytes() == (base / "fresh/clora-0.png").read_bytes()
 
 
-TESTS = {"kills": kills, "two_sweeps": two_sweeps, "two_pictures": two_pictures}
+def commands(base: Path) -> None:
+    """Hostile arguments as real processes, from sys.argv to the exit code."""
+    rng = random.Random(0)
+    words = [(f"--{flag}", value) for flag, values in FLAGS.items() for value in values if flag not in ("lora", "nonsense", "")]
+    cases = [["--steps", "1", *pair] for pair in rng.sample(words, 36)] + [["--prompt", text] for text in rng.sample(PROMPTS, 6)]
+    for n, argv in enumerate(cases):
+        log = base / f"log{n}"
+        code = end(fork("clora.py", ["--quiet", "--steps", "1", "--no-panel", "--out", str(base / f"out{n}"), *argv], log))
+        lines, left = log.read_text(errors="replace").splitlines(), list(base.glob(f"out{n}/*"))
+        if code == 0:
+            assert len(left) == len(lines) == 1, (argv, lines)
+        else:
+            assert code == 2 and len(lines) == 1 and lines[0].startswith("clora: ") and not left, (argv, code, lines)
+    print(f"{len(cases)} commands")
+
+
+TESTS = {"commands": commands, "kills": kills, "two_sweeps": two_sweeps, "two_pictures": two_pictures}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -179,6 +196,8 @@ def test_survival(name, tmp_path, capsys):
     done = subprocess.run([sys.executable, "-m", "tests.test_survival", name, str(tmp_path)], cwd=ROOT, text=True,
                           capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
+    if name == "commands":
+        TRIED["commands in processes of their own"] += int(done.stdout.split()[-2])
     if name == "kills":
         assert int(re.match(r"\d+", done.stdout)[0]) >= 50
         with capsys.disabled():

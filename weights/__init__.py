@@ -327,7 +327,7 @@ def _check(values: dict, like: dict, path: Path) -> None:
         several = isinstance(like[name], tuple)
         parts = value if isinstance(value, tuple) and (several or name == "attention_head_dim") else [value]
         kind = type(like[name][0] if several else like[name])
-        limit = 64 if "layers" in name else 100_000
+        low, high = 0 if kind is float or name.endswith("_id") else 1, 64 if "layers" in name else 100_000
         if len(parts) > 16 or not all(type(part) in (kind, int if kind is float else kind)
-                                      and (kind is str or 0 <= part <= limit) for part in parts):
+                                      and (kind is str or low <= part <= high) for part in parts):
             raise ValueError(f"{path}: {name} cannot be {str(value)[:100]}")
