@@ -228,7 +228,7 @@ def make_scheduler(config: dict, steps: int, name: str | None = None, eta: float
     ValueError: an unknown class or name, a schedule or an option that is not supported, a number of steps out of range.
     """
     if name is None:
-        kind = str(config.get("_class_name", ""))
+        kind = str(config.get("_class_name") or "")
         if kind not in CLASSES:
             raise ValueError(f"scheduler_config.json: {kind or 'no class'} is not supported; "
                              f"choose one with --scheduler {', '.join(SCHEDULERS)}")
