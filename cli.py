@@ -49,6 +49,8 @@ def whole_numbers(text: str) -> tuple[int, ...]:
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first or last - first >= 100_000:
             raise argparse.ArgumentTypeError(f"the range {part} is empty or too long")
+        if len(numbers) + last - first >= 100_000:
+            raise argparse.ArgumentTypeError("more than 100,000 numbers")
         numbers += range(first, last + 1)
     return tuple(numbers)
 
@@ -116,12 +118,30 @@ def make_recipe(args: argparse.Namespace, model_settings: dict) -> Recipe:
     """
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)
              if getattr(args, field.name) is not None}
-    recipe = dataclasses.replace(RECIPES[args.recipe], **{**model_settings.get("recipe", {}), **args.recorded})
+    recipe = changed(changed(RECIPES[args.recipe], model_settings.get("recipe", {}), "clora.json"), args.recorded, "--from")
+
     def moved(step: int) -> int:
         return step if step < 0 else round(step * given.get("steps", recipe.steps) / recipe.steps)      # -1: never
     scaled = {"update_until": moved(recipe.update_until), "mask_from": moved(recipe.mask_from),
               "refine_at": tuple(sorted({moved(step) for step in recipe.refine_at}))}
-    recipe = dataclasses.replace(recipe, **{**scaled, **given})
+    return changed(recipe, {**scaled, **given}, "flags")
+
+
+def changed(recipe: Recipe, values: dict, where: str) -> Recipe:
+    """The recipe with these values; ValueError names one that is unknown, of another type or out of range."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: the settings must be an object like {{\"alpha\": 2}}")
+    types = {bool: bool, int: int, float: int | float, str: str, type(None): int | None, tuple: tuple | list}
+    for name, value in values.items():
+        if name not in Recipe.__dataclass_fields__:
+            raise ValueError(f"{where}: there is no setting called {name}")
+        like = getattr(RECIPES["paper"], name)
+        parts = value if isinstance(value, tuple | list) else ()
+        if not isinstance(value, types[type(like)]) or isinstance(value, bool) > isinstance(like, bool) or \
+                not all(type(part) is int for part in parts) or value not in CHOICES.get(name, [value]):
+            raise ValueError(f"{where}: {name} cannot be {value!r}")
+    recipe = dataclasses.replace(recipe, **{name: tuple(value) if isinstance(value, list) else value
+                                            for name, value in values.items()})
     for name, low, high in (("steps", 1, 1000), ("temperature", 1e-6, 1e6), ("guidance", 1, 1e4), ("eta", 0, 1),
                             ("threshold", 0, 1), ("refine_steps", 0, 10_000), ("guidance_rescale", 0, 1),
                             ("switch_every", 1, 1000), ("update_every", 1, 1000), ("refine_stop", 0, 1),
@@ -131,6 +151,13 @@ def make_recipe(args: argparse.Namespace, model_settings: dict) -> Recipe:
     if recipe.uncond_from == "base" and recipe.maps_from == "both":
         raise ValueError("--uncond-from base leaves no unconditional maps for --maps-from both; choose one of the two")
     return recipe
+
+
+def check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except Exception as error:          # RuntimeError, AssertionError: whatever the backend says
+        raise ValueError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); use --device cpu") from None
 
 
 def read_subjects(args: argparse.Namespace, model: Model) -> tuple[list[Subject], tuple[LoRA, float] | None]:
@@ -217,8 +244,7 @@ def run(args: argparse.Namespace) -> None:
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", args.device):
         raise ValueError(f"--device {args.device} is not known; use cpu or cuda")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: PyTorch sees no CUDA device here; use --device cpu")
+    check_device(args.device)
     args.dtype = args.dtype or ("float16" if args.device.startswith("cuda") else "float32")
     out = Path(args.out)
     try:                                                    # say so now, not after the first image
@@ -226,6 +252,8 @@ def run(args: argparse.Namespace) -> None:
         tempfile.TemporaryFile(dir=out).close()
         trace = Path(args.trace) if args.trace else None
         if trace is not None:
+            if trace.is_dir():
+                raise ValueError(f"--trace {trace} is a folder; name a file")
             tempfile.TemporaryFile(dir=trace.parent).close()
     except OSError as error:
         raise ValueError(f"cannot write to {error.filename or args.out}: {error.strerror}") from None
@@ -238,15 +266,15 @@ def run(args: argparse.Namespace) -> None:
     subjects, style = read_subjects(args, model)
     plan = clora.make_plan(model, args.prompt, subjects, style, args.negative, args.method, recipe)
     if args.source:
-        for line in (changed := rerun.changed_files(args, model, subjects, style)):
+        for line in (stale := rerun.changed_files(args, model, subjects, style)):
             print(f"clora: warning: {printable(line, 1000)}", file=sys.stderr)
         for seed in seeds:
             same = settings_of(args, recipe, model, subjects, style, seed, size)["command"] == args.chunks["command"]
-            if (out / f"{args.method}-{seed}.png").resolve() == Path(args.source).resolve() and (changed or not same):
+            if (out / f"{args.method}-{seed}.png").resolve() == Path(args.source).resolve() and (stale or not same):
                 raise ValueError(f"this would replace {args.source} with another image; give another --out")
     for text in filter(None, [args.prompt, args.negative]):
         if cut := model.text.truncated(text):
-            print(f'clora: warning: CLIP reads 77 tokens; this was cut off: "{cut}"', file=sys.stderr)
+            print(f'clora: warning: CLIP reads 77 tokens; this was cut off: "{printable(cut, 700)}"', file=sys.stderr)
 
     panel = (demo if args.panel is None else args.panel) and bool(plan.concepts)
     page = (demo if args.report is None else args.report) and bool(plan.concepts)
@@ -304,17 +332,20 @@ def main(argv: list[str] | None = None) -> int:
     """-> exit code: 0 when every image was made, 2 for bad input, 130 when interrupted."""
     try:
         argv = sys.argv[1:] if argv is None else argv
+        " ".join(argv).encode()                 # what is no text cannot be written into a picture
         args = make_parser().parse_args(argv)
         if args.inspect:
             return inspect_files(args.inspect)
         run(rerun.recall(argv, Path(args.source), make_parser) if args.source else args)
         return 0
     except (torch.OutOfMemoryError, MemoryError):
-        message = "out of memory: use --low-memory, lower --height and --width, or use --dtype float16"
+        message = "out of memory: use --low-memory, lower --batch, --height and --width, or use --dtype float16"
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):
             raise
-        message = "out of memory: use --low-memory, lower --height and --width, or use --dtype bfloat16"
+        message = "out of memory: use --low-memory, lower --batch, --height and --width, or use --dtype bfloat16"
+    except UnicodeEncodeError as error:
+        message = f"{error.object[error.start:error.end]!r} in an argument is not valid UTF-8; write it as text"
     except (ValueError, OSError) as error:
         message = printable(str(error), 1000)
     except KeyboardInterrupt:

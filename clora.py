@@ -263,8 +263,9 @@ def encode(model: Model, texts: Sequence[str], loras: Sequence[tuple[LoRA, float
 def initial_noise(model: Model, height: int, width: int, seed: int) -> Tensor:
     """[1, 4, height/8, width/8]: what diffusers draws with a CPU generator of this seed, on every device."""
     factor = model.vae.config.factor
-    if height <= 0 or width <= 0 or height % factor or width % factor:
-        raise ValueError(f"the size {width}x{height} does not fit: width and height must be multiples of {factor}")
+    if height % factor or width % factor or not 0 < min(height, width) <= max(height, width) <= 8192:
+        raise ValueError(f"the size {width}x{height} does not fit: width and height must be multiples of {factor}, "
+                         "at most 8192")
     shape = (1, model.unet.config.in_channels, height // factor, width // factor)
     like = next(model.unet.parameters())
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=like.dtype).to(like.device)
@@ -444,6 +445,8 @@ def decode(model: Model, latents: Tensor, low_memory: bool = False) -> Tensor:
     with torch.no_grad():
         scaled = latents.to(dtype) / model.vae.config.scaling_factor
         picture = model.vae.decode(scaled, bands=8 if low_memory else 1)                    # [B, 3, H, W]
+    if not picture.isfinite().all():
+        raise ValueError("the VAE gave NaN: its weights are damaged, or --dtype is too narrow for them")
     return ((picture.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 

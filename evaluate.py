@@ -11,13 +11,14 @@ A set is a prompt with its LoRAs; a variant of a method is a recipe with some se
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +27,17 @@ from PIL import Image, ImageDraw, ImageFont
 
 import clora
 import report
-from cli import DTYPES, TOY, Parser, split_weight, whole_numbers
+from cli import DTYPES, TOY, Parser, changed, check_device, whole_numbers
 from clora import RECIPES, Recipe, Subject
-from lora import read_lora
-from weights import load_model
+from lora import printable, read_lora
+from weights import load_model, split_weight
 from weights.toy import renderer
 from weights.toy.judge import Judge, Seen, load_judge
+
+try:
+    import fcntl
+except ImportError:                     # Windows has no such locks
+    fcntl = None
 
 # name of a column: (method, recipe, settings changed)
 METHODS: dict[str, tuple[str, str, dict]] = {
@@ -95,16 +101,30 @@ def embedded_sets(split: str, prompts: int, subjects: int) -> list[dict]:
 def read_sets(path: Path) -> list[dict]:
     try:
         sets = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(sets, list) or not sets:
         raise ValueError(f'{path} must hold a list of {{"prompt": ..., "loras": [[FILE, "SUBJECT=TRIGGER"], ...]}}')
     for number, one in enumerate(sets):
         if not isinstance(one, dict) or not {"prompt", "loras"} <= one.keys():
             raise ValueError(f"{path}: set {number} needs a prompt and loras")
-        for file, _ in one["loras"]:
+        if not isinstance(one["prompt"], str):
+            raise ValueError(f"{path}: set {number}: the prompt is no text")
+        if not isinstance(one["loras"], list) or not all(
+                isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
+                for pair in one["loras"]):
+            raise ValueError(f'{path}: set {number}: loras must be a list of [FILE, "SUBJECT=TRIGGER"]')
+        if not isinstance(style := one.get("style", ""), str):
+            raise ValueError(f"{path}: set {number}: the style is no file name")
+        for file in [*(file for file, _ in one["loras"]), *([style] if style else [])]:
             if not Path(split_weight(file)[0]).is_file():
                 raise ValueError(f"{path}: set {number}: {file} does not exist")
+        folders = one.get("references", [])
+        if "references" in one and not (isinstance(folders, list) and len(folders) == len(one["loras"])):
+            raise ValueError(f"{path}: set {number}: references must be a list of one folder for each LoRA")
+        for folder in folders:
+            if not isinstance(folder, str) or not pictures_in(folder):
+                raise ValueError(f"{path}: set {number}: there are no pictures in the references {folder}")
     return sets
 
 
@@ -174,15 +194,18 @@ class Scorer:
         return facts
 
 
+def pictures_in(folder: str | Path) -> list[Path]:
+    return [path for path in sorted(Path(folder).glob("*")) if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
+
+
 def references_of(one: dict) -> tuple[list[str], list[list[np.ndarray]]]:
     """A set's reference pictures per LoRA: "references" of the set (folders), or the lessons of the embedded LoRAs."""
     keys, pictures = [], []
     for n, (file, _) in enumerate(one["loras"]):
         if "references" in one:
             folder = Path(one["references"][n])
-            files = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
             keys.append(str(folder))
-            pictures.append([np.asarray(Image.open(path).convert("RGB")) for path in files])
+            pictures.append([np.asarray(Image.open(path).convert("RGB")) for path in pictures_in(folder)])
         elif Path(file).parent.resolve() == (TOY / "loras").resolve():
             keys.append(Path(file).stem)
             pictures.append([renderer.render(scene) for scene in renderer.lesson(Path(file).stem)])
@@ -266,7 +289,8 @@ class Maker:
 def recipe_of(column: str, settings: dict, changes: dict) -> Recipe:
     """The named recipe, the model's own settings, the command's, and what makes the column what it is."""
     _, name, own = METHODS[column]
-    return dataclasses.replace(RECIPES[name], **{**settings.get("recipe", {}), **changes, **own})
+    recipe = changed(changed(RECIPES[name], settings.get("recipe", {}), "clora.json"), changes, "--set")
+    return dataclasses.replace(recipe, **own)
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -275,12 +299,31 @@ def read_results(folder: Path) -> list[dict]:
     """All complete lines of all results files; a damaged last line counts as not made."""
     lines = []
     for path in sorted(folder.glob("results*.jsonl")):
-        for text in path.read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                continue
+        for text in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                line = json.loads(text)
+                if isinstance(line, dict) and {"column", "set", "seed", "stamp"} <= line.keys():
+                    lines.append(line)
     return lines
+
+
+@contextlib.contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Nobody else writes this file within the block; ValueError if somebody does. A killed process leaves no lock."""
+    with open(path, "ab") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another process is writing to {path}; wait for it, or give another --out") from None
+        yield
+
+
+def remove_temporaries(folder: Path, names: set[str]) -> None:
+    """Removes what report.in_place had not moved into place when an earlier run was killed: .name-xxxxxxxx.png"""
+    for path in folder.glob(".*-????????.*"):
+        if path.name[1:].rpartition("-")[0] in names:
+            path.unlink(missing_ok=True)
 
 
 def append_line(path: Path, line: dict) -> None:
@@ -394,16 +437,29 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--batch is {args.batch}; it must be at least 1")
     if not columns or not args.seeds:
         raise ValueError("--methods and --seeds must name at least one each")
-    changes = json.loads(args.set) if args.set else {}
-    if strange := changes.keys() - Recipe.__dataclass_fields__.keys():
-        raise ValueError(f"--set: there is no setting called {min(strange)}")
+    if args.prompts < 1:
+        raise ValueError(f"--prompts is {args.prompts}; it must be at least 1")
+    check_device(args.device)
+    try:
+        changes = json.loads(args.set or "{}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--set cannot be read: {error}") from None
+    changed(Recipe(), changes, "--set")
     sets = read_sets(Path(args.sets)) if args.sets else embedded_sets(args.split, args.prompts, args.subjects)
     if args.style:
         sets = [{**one, "style": args.style} for one in sets]
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = Path(args.out)
     (folder / "images").mkdir(parents=True, exist_ok=True)
+    with only_writer(folder / f"results-{rank}.jsonl"):
+        return sweep(args, columns, changes, sets, rank, world, folder)
+
+
+def sweep(args: argparse.Namespace, columns: list[str], changes: dict, sets: list[dict], rank: int, world: int,
+          folder: Path) -> int:
+    """Makes what is missing of this process' share, then the table of all there is (rank 0)."""
     maker = Maker(args)
+    recipes = {column: recipe_of(column, maker.model.settings, changes) for column in columns}
     # what every line of a results file must have been made with
     stamp = {"model": maker.model.hash(), "sets": hashlib.sha256(json.dumps(sets).encode()).hexdigest()[:16],
              "changes": changes, "dtype": args.dtype, "batch": args.batch, "scores": maker.scores}
@@ -419,10 +475,12 @@ def main(args: argparse.Namespace) -> int:
                for start in range(0, len(args.seeds), args.batch) for column in columns]
     mine = [(column, number, seeds) for n, (column, number, seeds) in enumerate(batches)
             if n % world == rank and any((column, number, seed) not in done for seed in seeds)]
+    remove_temporaries(folder / "images", {f"{column}-{number}-{seed}" for column, number, seeds in mine for seed in seeds})
+    if rank == 0:
+        remove_temporaries(folder, {"table", "grid"})
     for n, (column, number, seeds) in enumerate(mine):
         try:
-            recipe = recipe_of(column, maker.model.settings, changes)
-            made = maker.make(sets[number], METHODS[column][0], recipe, seeds)
+            made = maker.make(sets[number], METHODS[column][0], recipes[column], seeds)
         except (ValueError, RuntimeError) as error:
             made = [(None, {"error": " ".join(str(error).split())}) for _ in seeds]
         for seed, (picture, facts) in zip(seeds, made):
@@ -477,5 +535,8 @@ if __name__ == "__main__":
     try:
         sys.exit(main(parser.parse_args()))
     except (ValueError, OSError) as error:
-        print(f"evaluate: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"evaluate: {printable(str(error), 1000)}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nevaluate: interrupted; started again, it goes on where it was", file=sys.stderr)
+        sys.exit(130)

@@ -17,10 +17,13 @@ Shapes: B rows, A adapters, r rank (summed over the adapters of one layer), N to
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import pickle
+import pickletools
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -167,8 +170,11 @@ def read_lora(path: str | Path, unet: nn.Module, text_encoder: nn.Module | None 
         if 0 in file.shapes[key] or (not file.shapes[key] and part != "alpha"):
             raise file.error(f"{key} has shape {list(file.shapes[key])}; the file is damaged, download it again")
     if unknown:
-        raise file.mismatch(f"{len(unknown)} of {len(file.shapes)} keys match nothing in this model: "
-                            f"{', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}")
+        listed = f"{', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}"
+        kind = next((what for pattern, what in UNSUPPORTED.items() if re.search(pattern, "\n".join(unknown), re.M)), "")
+        if kind and not _guess(FAMILIES, file.shapes):
+            raise file.error(f"holds {kind}, which is not supported ({listed}); use a LoRA, LoCon, LoHa, LoKr or DoRA")
+        raise file.mismatch(f"{len(unknown)} of {len(file.shapes)} keys match nothing in this model: {listed}")
     layers: dict[str, dict[str, LoRALayer]] = {"unet": {}, "text_encoder": {}}
     for (half, name), parts in groups.items():
         layers[half][name] = _read_layer(file, half, name, parts, targets[half][name][1])
@@ -192,6 +198,13 @@ FAMILIES = {
     r"attn2.*to_k.* \[\d+, 1024": "SD 2"}
 NOT_A_LORA = {r"model\.diffusion_model|first_stage_model|down_blocks|encoder\.|^conv_in": "a checkpoint",
               r"emb_params|string_to|^clip_[lg] |^<": "a textual inversion embedding"}
+
+
+# What LoRA files may hold beside, by their keys
+UNSUPPORTED = {
+    r"oft_|boft": "OFT", r"\.on_input$": "IA3", r"\.[ab][12](\.weight)?$": "GLoRA", r"\.diff$": "differences of layers",
+    r"\.(diff_b|bias)$": "differences of biases", r"\.[wb]_norm$": "differences of norms", r"vera_": "VeRA", r"hra_": "HRA",
+    r"embedding|string_to_param": "embeddings"}
 
 
 def _guess(table: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> str:
@@ -241,7 +254,10 @@ class _File:
         if not head:
             raise self.error("is empty; download it again")
         if head[8:] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80"):
-            tensors = self._unpickle(mmap=head[:2] == b"PK")
+            try:
+                tensors = read_pickle(path)
+            except ValueError as error:
+                raise self.error(str(error)) from None
             self.shapes, self._get = {key: tuple(value.shape) for key, value in tensors.items()}, tensors.__getitem__
         else:
             try:
@@ -264,22 +280,6 @@ class _File:
         naming = "kohya" if re.search("^lora_", text, re.M) else "peft" if "lora_A" in text else "diffusers"
         return f"{naming} {next((kind for word, kind in KINDS.items() if word in text), 'LoRA')}"
 
-    def _unpickle(self, mmap: bool) -> dict[str, Tensor]:
-        try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=mmap)
-            content = dict(content.get("state_dict", content))
-        except pickle.UnpicklingError:
-            raise self.error("is a pickle that would run code when loaded, or is damaged; "
-                             "convert it to safetensors where you trust it") from None
-        except Exception as error:                              # torch raises many kinds for damaged archives
-            raise self.error(f"is damaged or not a LoRA ({error}); download it again") from None
-        tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-        for key, value in tensors.items():                      # strides of 0 would claim any shape with a few bytes
-            if value.layout != torch.strided or value.device.type != "cpu" or \
-                    value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                raise self.error(f"{key} is not a plain tensor; convert the file to safetensors")
-        return tensors
-
     def _peft_config(self) -> dict:
         """What PEFT noted about alpha: in the file (recent diffusers), or beside a file of bare PEFT weights."""
         beside = self.path.parent / "adapter_config.json"
@@ -291,7 +291,7 @@ class _File:
                 if (kind := config.get("peft_type", "LORA")) != "LORA":
                     raise ValueError(f"{kind} is not supported, only LORA")
                 return {f"{half}.{key}": value for half in ("unet", "text_encoder") for key, value in config.items()}
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError, OSError, RecursionError) as error:
             raise self.error(f"its PEFT settings cannot be read ({error}); save the LoRA again") from None
         return {}
 
@@ -308,7 +308,7 @@ class _File:
     def tensor(self, key: str) -> Tensor:
         try:
             value = self._get(key)
-            if value.dim() and not value.is_floating_point():
+            if value.is_complex() or value.dim() and not value.is_floating_point():
                 raise TypeError(f"it holds {value.dtype}")
             value = value.float()
         except Exception as error:                              # also dtypes that this torch does not know
@@ -318,13 +318,52 @@ class _File:
         return value
 
     def error(self, why: str) -> ValueError:
-        return ValueError(" ".join(f"{self.path}: {why}".splitlines()))
+        why = " ".join(why.split())
+        return ValueError(f"{self.path}: {why if len(why) < 600 else why[:600] + ' ...'}")
 
     def mismatch(self, why: str) -> ValueError:
         """For a key or a shape that this model does not have: with a guess which model the LoRA is for."""
         family = _guess(FAMILIES, self.shapes)
         return self.error(f"looks like a LoRA for {family}, this model is SD 1.5; use a LoRA for SD 1.5 ({why})" if family
                           else f"{why}; use a LoRA that was trained on this kind of model")
+
+
+# What a pickle of tensors calls when it is loaded. Of the rest some run code, some make gigabytes of a few bytes.
+CALLS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor(_v2)?|parameter)|torch(\.storage)? \w+Storage"
+                   r"|torch (Size|device|b?float\d+|u?int\d+)")
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """Tensors of a .ckpt, .pt or .bin, memory-mapped where it is an archive; the rest of what it holds is left out.
+
+    ValueError, a sentence that goes behind the file's name: it calls something, claims more than it holds, is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            archive = zipfile.ZipFile(file) if file.read(2) == b"PK" else None
+            file.seek(0)
+            streams = [file] * 4                                # before PyTorch 1.6: magic number, version, system, tensors
+            if archive:
+                if any(entry.file_size > entry.compress_size for entry in archive.infolist()):
+                    raise ValueError("is compressed; pack it again without compression")
+                streams = [io.BytesIO(archive.read(name)) for name in archive.namelist() if name.endswith(".pkl")]
+            for stream in streams:
+                for code, what, _ in pickletools.genops(stream):
+                    if code.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not CALLS.fullmatch(str(what)):
+                        raise pickle.UnpicklingError
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive is not None)
+        content = dict(content.get("state_dict", content))
+    except pickle.UnpicklingError:
+        raise ValueError("is a pickle that would run code when loaded, or is damaged; convert it to safetensors where you "
+                         "trust it") from None
+    except Exception as error:                                  # a damaged file can raise anything at all
+        raise ValueError(f"is damaged or no file of tensors ({error}); download it again") from None
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    for key, value in tensors.items():                          # strides of 0 would claim any shape with a few bytes
+        if value.layout != torch.strided or value.device.type != "cpu" or \
+                value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"is not usable: {key} is not a plain tensor; convert the file to safetensors")
+    return tensors
 
 
 def _read_layer(file: _File, half: str, name: str, parts: dict[str, str], weight: Tensor) -> LoRALayer:
@@ -394,6 +433,8 @@ def _read_layer(file: _File, half: str, name: str, parts: dict[str, str], weight
         up, down = _dense((new * scale - old).flatten(1), kernel)
     if unread:
         raise file.error(f"{parts[min(unread)]} does not fit the other keys of its layer; save the LoRA again")
+    if not (up.isfinite().all() and down.isfinite().all()):     # of finite tensors: their product
+        raise file.error(f"{min(parts.values())} and its layer's other keys give infinity; use another LoRA")
     return LoRALayer(down.contiguous(), up.contiguous(), dora_scale)
 
 

@@ -49,11 +49,18 @@ class Scheduler:
         for key in ("trained_betas", "thresholding", "rescale_betas_zero_snr", *self.options):
             if key in config and config[key] not in FIXED[key]:
                 raise ValueError(f"scheduler_config.json: {key} = {config[key]!r} is not supported")
+        for key, high, kind in (("num_train_timesteps", 10_000, int), ("steps_offset", 10_000, int),
+                                ("beta_start", 1, float), ("beta_end", 1, float), ("clip_sample_range", 1e6, float)):
+            value = config.get(key, 0)
+            if not (type(value) in (int, kind) and 0 <= value <= high):
+                raise ValueError(f"scheduler_config.json: {key} cannot be {str(value)[:100]}")
         self.train_steps = config.get("num_train_timesteps", 1000)
         if not 1 <= steps <= self.train_steps:
             raise ValueError(f"the number of steps must be between 1 and {self.train_steps}, not {steps}")
         self.config, self.steps, self.eta = config, steps, eta
         self.alphas = _alphas_cumprod(config, self.train_steps)                     # a_t, train_steps floats
+        if not 1 > self.alphas[0] >= self.alphas[-1] > 0:
+            raise ValueError("scheduler_config.json: beta_start and beta_end make a schedule that is no noise or no picture")
         # what stands for "before the first timestep" (DDIM, section C.1)
         self.final_alpha = 1.0 if config.get("set_alpha_to_one", self.set_alpha_to_one) else self.alphas[0]
         self.timesteps = self.make_timesteps()
@@ -253,7 +260,7 @@ def make_scheduler(config: dict, steps: int, name: str | None = None, eta: float
     ValueError: an unknown class or name, a schedule or an option that is not supported, a number of steps out of range.
     """
     if name is None:
-        kind = config.get("_class_name", "")
+        kind = str(config.get("_class_name") or "")
         if kind not in CLASSES:
             raise ValueError(f"scheduler_config.json: {kind or 'no class'} is not supported; "
                              f"choose one with --scheduler {', '.join(SCHEDULERS)}")

@@ -1,5 +1,7 @@
 """Small random models that many tests share."""
 
+import sys
+
 import pytest
 import torch
 
@@ -22,3 +24,11 @@ def tiny_text():
     torch.manual_seed(1)
     return CLIPTextModel(CLIPTextConfig(vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                                         num_attention_heads=4, max_position_embeddings=77)).eval().requires_grad_(False)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many inputs test_fuzz.py tried."""
+    fuzz = sys.modules.get("tests.test_fuzz")
+    if fuzz is not None and fuzz.TRIED:
+        listed = ", ".join(f"{count} {kind}" for kind, count in fuzz.TRIED.items())
+        terminalreporter.write_line(f"hostile inputs tried: {fuzz.TRIED.total()} ({listed})")

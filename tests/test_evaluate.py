@@ -50,12 +50,56 @@ def test_a_sweep_is_resumed_and_split_without_a_difference(tmp_path):
     (["--methods", "magic"], "magic"), (["--seeds", ""], "--seeds"), (["--seeds", "9-1"], "9-1"),
     (["--sets", "nowhere.json"], "nowhere.json"), (["--sets", "bad.json"], "cat.safetensors"),
     (["--set", '{"nonsense": 1}'], "nonsense"), (["--model", "nowhere"], "nowhere"),
-    (["--batch", "0"], "--batch")])
+    (["--batch", "0"], "--batch"), (["--prompts", "0"], "--prompts"), (["--device", "quantum"], "quantum"),
+    (["--set", "{"], "--set")])
 def test_bad_input(arguments, word, tmp_path):
     (tmp_path / "bad.json").write_text(json.dumps([{"prompt": "a cat", "loras": [["cat.safetensors", "cat"]]}]))
     done = run(*FAST, *arguments, cwd=tmp_path)
     assert done.returncode == 2 and word in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert "Traceback" not in done.stderr
+
+
+LORA = str(ROOT / "weights/toy/loras/zib.safetensors")
+GOOD = {"prompt": "a ball", "loras": [[LORA, "ball=zib ball"]]}
+
+
+@pytest.mark.parametrize("content, word", [
+    ("{", "cannot be read"), ("[" * 10 ** 5, "cannot be read"), ("[]", "must hold a list"), ('{"prompt": "x"}', "must hold"),
+    ([1], "set 0 needs"), ([GOOD, {"prompt": "a"}], "set 1 needs"), ([{**GOOD, "prompt": 3}], "prompt is no text"),
+    ([{**GOOD, "loras": LORA}], "loras must be"), ([{**GOOD, "loras": [LORA]}], "loras must be"),
+    ([{**GOOD, "loras": [[LORA, 1]]}], "loras must be"), ([{**GOOD, "loras": [[LORA]]}], "loras must be"),
+    ([{**GOOD, "loras": [["no.safetensors", "ball"]]}], "no.safetensors does not exist"), ([{**GOOD, "style": 1}], "style"),
+    ([{**GOOD, "style": "no.safetensors:0.5"}], "no.safetensors:0.5 does not exist"),
+    ([{**GOOD, "references": []}], "references must be"), ([{**GOOD, "references": "x"}], "references must be"),
+    ([{**GOOD, "references": ["nowhere"]}], "no pictures in the references nowhere"),
+    ([{**GOOD, "references": ["."]}], "no pictures in the references ."), ([{**GOOD, "references": [1]}], "references 1")])
+def test_sets_that_are_refused(content, word, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sets.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match="^sets.json") as caught:
+        evaluate.read_sets(Path("sets.json"))
+    assert word in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    (tmp_path / "sets.json").write_text(json.dumps([GOOD]))
+    assert evaluate.read_sets(Path("sets.json")) == [GOOD]
+
+
+@pytest.mark.parametrize("changes, word", [
+    ({"steps": "9"}, "steps"), ({"steps": 0}, "--steps"), ({"alpha": float("nan")}, "--alpha"), ({"eta": True}, "eta"),
+    ({"scheduler": "euler"}, "euler"), ({"refine_at": 3}, "refine_at"), ({"refine_at": ["x"]}, "refine_at"),
+    ({"dilate": 1}, "dilate"), ([1], "object"), ({"nonsense": 1}, "nonsense")])
+def test_settings_that_are_refused(changes, word):
+    with pytest.raises(ValueError, match=word):
+        evaluate.recipe_of("clora", {}, changes)
+    with pytest.raises(ValueError, match=word):
+        evaluate.recipe_of("clora", {"recipe": changes}, {})
+    assert evaluate.recipe_of("no-mask", {}, {"refine_at": [1], "clip_skip": 1, "alpha": 2}).refine_at == (1,)
+
+
+def test_lines_that_are_no_results_are_passed_over(tmp_path):
+    good = {"column": "base", "set": 0, "seed": 1, "stamp": {}}
+    lines = [b"{}", b"[]", b"12", b"\xff\xfe", b"[" * 10 ** 5, json.dumps(good).encode(), json.dumps(good).encode()[:-9]]
+    (tmp_path / "results-0.jsonl").write_bytes(b"\n".join(lines))
+    assert evaluate.read_results(tmp_path) == [good]
 
 
 def test_results_of_other_settings_are_not_mixed(tmp_path):

@@ -171,7 +171,7 @@ def test_without_a_text_encoder_that_half_is_left_unread(unet, text, tmp_path):
     assert not lora.text_encoder and len(lora.unet) == len(LDM)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2])
 def test_other_precisions(dtype, unet, text, tmp_path):
     tensors, _ = make("kohya", unet, text)
     path = save(tmp_path / "cat.safetensors", {key: value.to(dtype) for key, value in tensors.items()})
@@ -346,6 +346,27 @@ def test_dora_of_columns(name, unet, tmp_path):
     assert relative(change(lora, unet, name), new * length.double() / norms - weight) < 1e-5
 
 
+@pytest.mark.parametrize("name", [LINEAR, WIDE, CONV1, BIG3])
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr"])
+def test_dora_of_other_algorithms(kind, name, unet, tmp_path):
+    weight = weight_of(unet, name).double()
+    out, inner = len(weight), weight[0].numel()
+    if kind == "LoHa":
+        a, b = [randn(out, 3, seed=n) for n in (1, 2)], [randn(3, inner, seed=n) for n in (3, 4)]
+        parts = {f"hada_w{n + 1}_{side}": one[n] for n in (0, 1) for side, one in (("a", a), ("b", b))}
+        delta = (a[0].double() @ b[0].double()) * (a[1].double() @ b[1].double()) * 2 / 3
+    else:
+        parts = {"lokr_w1": randn(8, 4, seed=1), "lokr_w2_a": randn(out // 8, 3, seed=2),
+                 "lokr_w2_b": randn(3, weight.shape[1] // 4, *weight.shape[2:], seed=3)}
+        w2 = (parts["lokr_w2_a"].double() @ parts["lokr_w2_b"].double().flatten(1)).view(out // 8, -1, *weight.shape[2:])
+        delta = torch.kron(parts["lokr_w1"].double().view(8, 4, *[1] * (weight.dim() - 2)), w2.contiguous()) * 2 / 3
+    length = randn(out, 1, *[1] * (weight.dim() - 2), seed=7).abs() + 0.2
+    lora = read_one(tmp_path, unet, name, {**parts, "alpha": torch.tensor(2.0), "dora_scale": length})
+    new = weight + delta.view(weight.shape)
+    new = new * (length.flatten().double() / new.flatten(1).norm(dim=1)).view(-1, *[1] * (weight.dim() - 1))
+    assert relative(change(lora, unet, name), new - weight) < 1e-5
+
+
 # --- layers --------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -496,7 +517,27 @@ BAD_FILES = {
     "alpha of two numbers": (pair() | {f"{Q}.alpha": torch.ones(2)}, [f"{Q}.alpha has shape [2]"]),
     "unknown layers": (pair() | {f"lora_unet_nowhere_{n}.lora_down.weight": torch.ones(1) for n in range(5)},
                        ["5 of 7 keys match nothing", "nowhere_0.lora_down.weight, ", "nowhere_2.lora_down.weight, ..."]),
-    "an unknown part": (pair() | {f"{Q}.oft_blocks": torch.ones(1)}, ["1 of 3 keys match nothing", f"{Q}.oft_blocks"]),
+    "an unknown part": (pair() | {f"{Q}.lora_left.weight": torch.ones(1)}, ["1 of 3 keys match nothing", f"{Q}.lora_left"]),
+    "OFT": ({f"{Q}.oft_blocks": torch.ones(4, 16, 16), f"{Q}.alpha": torch.tensor(1.0)}, ["holds OFT", f"{Q}.oft_blocks"]),
+    "OFT, PEFT": (pair() | {f"unet.{LINEAR}.oft_R.weight": torch.ones(4, 120)}, ["holds OFT", "oft_R"]),
+    "OFT, kohya": (pair() | {f"oft_unet_{flat(LINEAR)}.oft_blocks": torch.ones(4, 16, 16)}, ["holds OFT", "oft_unet"]),
+    "IA3": (pair() | {f"{K2}.weight": torch.ones(64), f"{K2}.on_input": torch.tensor(False)},
+            ["holds IA3", f"{K2}.on_input"]),
+    "GLoRA": (pair() | {f"{K2}.{part}.weight": torch.ones(4, 4) for part in ("a1", "a2", "b1", "b2")},
+              ["holds GLoRA", "a1"]),
+    "a whole difference": (pair() | {f"{K2}.diff": torch.ones(64, 32)}, ["holds differences of layers", f"{K2}.diff"]),
+    "a difference of a bias": (pair() | {f"{Q}.diff_b": torch.ones(64)}, ["holds differences of biases", f"{Q}.diff_b"]),
+    "a bias, PEFT": (pair(f"unet.{LINEAR}") | {f"unet.{LINEAR}.lora_B.bias": torch.ones(64)}, ["biases", "lora_B.bias"]),
+    "a norm": (pair() | {"lora_unet_conv_norm_out.w_norm": torch.ones(32), "lora_unet_conv_norm_out.b_norm": torch.ones(32)},
+               ["holds differences of norms", "w_norm"]),
+    "a token embedding": (pair() | {"lora_te_text_model_embeddings_token_embedding.lora_down.weight": torch.ones(4, 32),
+                                    "lora_te_text_model_embeddings_token_embedding.lora_up.weight": torch.ones(50, 4)},
+                          ["holds embeddings", "token_embedding"]),
+    "a bundled embedding": (pair() | {"bundle_emb.sks.string_to_param.*": torch.ones(2, 768)},
+                            ["holds embeddings", "bundle_emb"]),
+    "factors whose product overflows": (
+        pair() | {f"{Q}.lora_up.weight": torch.full((64, 4), 9.0), f"{Q}.alpha": torch.tensor(3e38)}, ["give infinity", Q]),
+    "complex alpha": (pair() | {f"{Q}.alpha": torch.tensor(1j)}, [f"{Q}.alpha cannot be read", "complex"]),
     "two names for one layer": (pair() | pair(f"unet.{LINEAR}"), ["are for the same layer", Q, f"unet.{LINEAR}"]),
     "LoHa with a part missing": ({f"{Q}.hada_w1_a": torch.ones(64, 2), f"{Q}.hada_w1_b": torch.ones(2, 64),
                                   f"{Q}.hada_w2_a": torch.ones(64, 2)}, ["has no hada_w2_b"]),
@@ -584,7 +625,7 @@ def test_pickles_with_code_or_tricks_are_refused(unet, tmp_path):
     torch.save(pair() | {f"{Q}.lora_down.weight": torch.ones(1, 1).expand(10**9, 64)}, tmp_path / "huge.pt")
     assert "lora_down.weight is not a plain tensor" in refused(tmp_path / "huge.pt", unet)
     torch.save([torch.ones(3)], tmp_path / "list.pt")
-    assert "not a LoRA" in refused(tmp_path / "list.pt", unet)
+    assert "no file of tensors" in refused(tmp_path / "list.pt", unet)
 
 
 def test_damaged_peft_settings_are_refused(unet, tmp_path):

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lora import read_pickle
 from text import TextEncoder
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -88,7 +88,7 @@ def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = tor
 
 def _load_folder(folder: Path, name: str, device: str, dtype: torch.dtype) -> Model:
     index = _read_json(folder / "model_index.json")
-    if "XL" in index.get("_class_name", "") or "text_encoder_2" in index:
+    if "XL" in str(index.get("_class_name", "")) or "text_encoder_2" in index:
         raise ValueError(f"{folder} looks like SDXL; this is an SD 1.x implementation")
     files: list[Path] = []
 
@@ -108,8 +108,14 @@ def _load_folder(folder: Path, name: str, device: str, dtype: torch.dtype) -> Mo
     if text_config.get("hidden_size") != unet_config.cross_attention_dim:
         raise ValueError(f"{folder}: the text encoder is {text_config.get('hidden_size')} wide, "
                          f"the UNet reads {unet_config.cross_attention_dim}: they are not of one model")
+    if vae_config.latent_channels != unet_config.in_channels:
+        raise ValueError(f"{folder}: the VAE makes {vae_config.latent_channels} channels, "
+                         f"the UNet reads {unet_config.in_channels}: they are not of one model")
     settings = _read_json(folder / "clora.json") if (folder / "clora.json").exists() else {}
-    return Model(unet, vae, TextEncoder(_tokenizer(folder / "tokenizer"), text),
+    level = settings.get("map_level", 2)
+    if type(level) is not int or not 0 <= level < len(unet.down_blocks) or not unet.map_layers(level):
+        raise ValueError(f"{folder / 'clora.json'}: this UNet has no maps at map_level {level!r}")
+    return Model(unet, vae, _text_encoder(folder / "tokenizer", text),
                  _read_json(folder / "scheduler/scheduler_config.json"), name, files, settings)
 
 
@@ -162,7 +168,7 @@ def _load_single_file(path: Path, name: str, device: str, dtype: torch.dtype) ->
     text = _text_model(SD15_TEXT, parts["text_encoder"], path, device, dtype)
     beside = path.parent / "tokenizer"
     folder = beside if (beside / "vocab.json").is_file() else _fetch_tokenizer(path)
-    return Model(unet, vae, TextEncoder(_tokenizer(folder), text), SD15_SCHEDULER, name, [path])
+    return Model(unet, vae, _text_encoder(folder, text), SD15_SCHEDULER, name, [path])
 
 
 def from_ldm(state: dict[str, Tensor], unet_config: UNetConfig = UNetConfig(), vae_config: VAEConfig = VAEConfig()
@@ -208,6 +214,8 @@ def _fetch(repo: str, dtype: torch.dtype) -> Path:
 def split_weight(text: str) -> tuple[str, float | None]:
     """"cat.safetensors:0.8" -> ("cat.safetensors", 0.8); the weight is optional."""
     match = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+))", text)
+    if match and not abs(float(match[2])) <= 1e4:
+        raise ValueError(f"{text}: the weight of a LoRA must be between -10000 and 10000")
     return (match[1], float(match[2])) if match else (text, None)
 
 
@@ -286,25 +294,23 @@ def _fetch_tokenizer(path: Path) -> Path:
 def read_state(path: Path) -> dict[str, Tensor]:
     """Tensors of a .safetensors file or of a pickle that holds nothing but tensors, memory-mapped where possible."""
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with open(path, "rb") as file:
-            zipped = file.read(2) == b"PK"
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (SafetensorError, OSError) as error:
-        reason = "is empty" if path.stat().st_size == 0 else f"is damaged or not a safetensors file ({error})"
-        raise ValueError(f"{path} {reason}") from None
-    except Exception as error:                      # a damaged pickle can raise anything at all
-        raise ValueError(f"{path} would run code or is damaged, and is not loaded; convert it to safetensors "
-                         f"({type(error).__name__})") from None
-    state = state.get("state_dict", state)
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        if path.stat().st_size == 0:
+            raise ValueError("is empty; download it again")
+        return load_file(path) if path.suffix == ".safetensors" else read_pickle(path)
+    except ValueError as error:
+        reason = str(error)
+    except Exception as error:                      # SafetensorError, or what a damaged header makes torch raise
+        reason = f"is damaged or not a safetensors file ({error})"
+    raise ValueError(" ".join(f"{path} {reason}".split())[:800])
 
 
 def _fill(make: Callable[[], nn.Module], state: dict[str, Tensor], path: Path, device: str, dtype: torch.dtype):
     """A module made without memory of its own, whose parameters are the file's tensors."""
-    with torch.device("meta"):
-        module = make()
+    try:
+        with torch.device("meta"):
+            module = make()
+    except Exception as error:                      # sizes that do not go together
+        raise ValueError(f"{path.parent / 'config.json'} describes no model ({error})") from None
     wanted = {key: value.shape for key, value in module.state_dict().items()}
     missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     if missing or extra:
@@ -321,6 +327,7 @@ def _fill(make: Callable[[], nn.Module], state: dict[str, Tensor], path: Path, d
 def _text_model(config: dict, state: dict[str, Tensor], path: Path, device: str, dtype: torch.dtype):
     from transformers import CLIPTextConfig, CLIPTextModel
     keep = {key: config[key] for key in (*SD15_TEXT, "attention_dropout") if key in config}
+    _check(keep, {**SD15_TEXT, "attention_dropout": 0.0}, path.parent / "config.json")
     with torch.device("meta"):
         nested = any(key.startswith("text_model.") for key in CLIPTextModel(CLIPTextConfig(**keep)).state_dict())
     state = {key if nested else key.removeprefix("text_model."): value for key, value in state.items()
@@ -334,12 +341,24 @@ def _text_model(config: dict, state: dict[str, Tensor], path: Path, device: str,
     return model
 
 
-def _tokenizer(folder: Path):
+def _text_encoder(folder: Path, model: nn.Module) -> TextEncoder:
+    """The tokenizer in this folder, with the text model that it must fit."""
     from transformers import CLIPTokenizer
     for name in ("vocab.json", "merges.txt"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing")
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+    try:
+        text = TextEncoder(CLIPTokenizer.from_pretrained(folder, model_max_length=77), model)
+        ids, size = text.tokenizer("a").input_ids, model.get_input_embeddings().num_embeddings
+        if ids[0] != text.tokenizer.bos_token_id or ids[-1] != text.tokenizer.eos_token_id or len(ids) < 3:
+            raise ValueError("it puts no start and end around a prompt")
+        if max(text.tokenizer.get_vocab().values()) >= size:
+            raise ValueError(f"it has more words than the text encoder, {size}")
+        text.encode([""])
+    except Exception as error:                      # transformers raises many kinds
+        reason = " ".join(str(error).split())[:500]
+        raise ValueError(f"{folder}: the tokenizer is damaged or of another model ({reason})") from None
+    return text
 
 
 def _read_json(path: Path) -> dict:
@@ -347,7 +366,7 @@ def _read_json(path: Path) -> dict:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object")
@@ -355,7 +374,22 @@ def _read_json(path: Path) -> dict:
 
 
 def _parse(from_dict: Callable, path: Path):
+    values = _read_json(path)
     try:
-        return from_dict(_read_json(path))
+        config = from_dict(values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
+    _check(vars(config), {name: field.default for name, field in type(config).__dataclass_fields__.items()}, path)
+    return config
+
+
+def _check(values: dict, like: dict, path: Path) -> None:
+    """ValueError if a value is of another type than in `like`, or is a size that takes hours or all memory to build."""
+    for name, value in values.items():
+        several = isinstance(like[name], tuple)
+        parts = value if isinstance(value, tuple) and (several or name == "attention_head_dim") else [value]
+        kind = type(like[name][0] if several else like[name])
+        low, high = 0 if kind is float or name.endswith("_id") else 1, 64 if "layers" in name else 100_000
+        if len(parts) > 16 or not all(type(part) in (kind, int if kind is float else kind)
+                                      and (kind is str or low <= part <= high) for part in parts):
+            raise ValueError(f"{path}: {name} cannot be {str(value)[:100]}")
