@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -140,8 +141,8 @@ def changed(recipe: Recipe, values: dict, where: str) -> Recipe:
         if not isinstance(value, types[type(like)]) or isinstance(value, bool) > isinstance(like, bool) or \
                 not all(type(part) is int for part in parts) or value not in CHOICES.get(name, [value]):
             raise ValueError(f"{where}: {name} cannot be {value!r}")
-    recipe = dataclasses.replace(recipe, **{name: tuple(value) if isinstance(value, list) else value
-                                            for name, value in values.items()})
+    new: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    recipe = dataclasses.replace(recipe, **new)
     for name, low, high in (("steps", 1, 1000), ("temperature", 1e-6, 1e6), ("guidance", 1, 1e4), ("eta", 0, 1),
                             ("threshold", 0, 1), ("refine_steps", 0, 10_000), ("guidance_rescale", 0, 1),
                             ("switch_every", 1, 1000), ("update_every", 1, 1000), ("refine_stop", 0, 1),

@@ -392,7 +392,9 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
     z = latents * scheduler.init_noise_sigma
     for i, t in enumerate(scheduler.timesteps):
         # move the latent so that the concepts part (section 3.2)
-        losses, updates, before = [], [], z
+        losses: list[Tensor] = []
+        updates: list[Tensor] = []
+        before = z
         repeats = recipe.refine_steps if i in recipe.refine_at else 0
         if plan.concepts and i <= recipe.update_until and (repeats or i % recipe.update_every == 0):
             moving = torch.ones(len(z), 1, 1, 1, device=z.device, dtype=torch.bool)

@@ -32,12 +32,12 @@ from clora import RECIPES, Recipe, Subject
 from lora import printable, read_lora
 from weights import load_model, split_weight
 from weights.toy import renderer
-from weights.toy.judge import Judge, Seen, load_judge
+from weights.toy.judge import Judge, Seen, load_judge  # type: ignore[attr-defined]  # mypy takes the folder judge/
 
 try:
     import fcntl
 except ImportError:                     # Windows has no such locks
-    fcntl = None
+    fcntl = None                        # type: ignore[assignment]
 
 # name of a column: (method, recipe, settings changed)
 METHODS: dict[str, tuple[str, str, dict]] = {
@@ -152,7 +152,7 @@ class Scorer:
     @staticmethod
     def _rules(name: str) -> dict:
         from transformers.utils import cached_file
-        return json.loads(Path(cached_file(name, "preprocessor_config.json")).read_text())
+        return json.loads(Path(str(cached_file(name, "preprocessor_config.json"))).read_text())
 
     def _pixels(self, pictures: list[np.ndarray], rules: dict) -> torch.Tensor:
         """uint8 [H, W, 3] each -> [B, 3, S, S]: shorter side to S, centre crop, mean and deviation of the model."""

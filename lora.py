@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.nn.functional as F
@@ -342,7 +343,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as file:
             archive = zipfile.ZipFile(file) if file.read(2) == b"PK" else None
             file.seek(0)
-            streams = [file] * 4                                # before PyTorch 1.6: magic number, version, system, tensors
+            streams: list[IO[bytes]] = [file] * 4               # before PyTorch 1.6: magic number, version, system, tensors
             if archive:
                 if any(entry.file_size > entry.compress_size for entry in archive.infolist()):
                     raise ValueError("is compressed; pack it again without compression")
@@ -486,7 +487,7 @@ def describe(path: str | Path) -> dict[str, str]:
         "name": file.metadata.get("ss_output_name", ""),
         "trigger words": ", ".join(trigger_words(file.metadata)),
         "sha256": file.sha256}
-    return {heading: text for heading, value in lines.items() if (text := printable(value, 200))}
+    return {heading: line for heading, value in lines.items() if (line := printable(value, 200))}
 
 
 def trigger_words(metadata: dict[str, str]) -> list[str]:

@@ -55,7 +55,7 @@ def load_settings(path: Path) -> dict[str, str]:
     """The text chunks of a PNG as they are. ValueError: no PNG, damaged, or without settings of this program."""
     try:
         with warnings.catch_warnings(action="error"), Image.open(path, formats=["PNG"]) as image:
-            chunks = {key: value for key, value in image.info.items() if isinstance(value, str)}
+            chunks = {str(key): value for key, value in image.info.items() if isinstance(value, str)}
     except UnidentifiedImageError:
         raise ValueError(f"{path} is no PNG image; name one that clora.py made") from None
     except OSError as error:
