@@ -253,8 +253,8 @@ def run(args: argparse.Namespace) -> None:
         tempfile.TemporaryFile(dir=out).close()
         trace = Path(args.trace) if args.trace else None
         if trace is not None:
-            if trace.is_dir():
-                raise ValueError(f"--trace {trace} is a folder; name a file")
+            if trace.exists() and not trace.is_file():
+                raise ValueError(f"--trace {trace} is a folder or a device; name a file")
             tempfile.TemporaryFile(dir=trace.parent).close()
     except OSError as error:
         raise ValueError(f"cannot write to {error.filename or args.out}: {error.strerror}") from None
