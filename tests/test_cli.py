@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 CAT, DOG, STYLE = (str(GOLDEN / f"loras/{name}.safetensors") for name in ("cat_peft", "dog_kohya", "style_peft"))
 SMALL = ["--model", str(GOLDEN / "model"), "--prompt", "a cat and a dog", "--height", "64", "--width", "96", "--steps", "3",
-         "--refine-steps", "1", "--quiet"]
+         "--refine-at", "0", "--refine-steps", "1", "--quiet"]
 TWO = ["--lora", CAT, "cat=sks cat", "--lora", f"{DOG}:0.9", "dog=sks dog"]
 
 
