@@ -39,8 +39,12 @@ def pictures_of(model: Model, latents: torch.Tensor) -> np.ndarray:
 
 
 @torch.no_grad()
-def sample(model: Model, prompts: list[str], lora=None, seed: int = 0, guidance: float = 5.0, maps: bool = False):
-    """50 DDIM steps for all prompts in one batch -> (pictures, mean maps of steps 5 to 25 [B, 8, 8, 77] or None)."""
+def sample(model: Model, prompts: list[str], lora=None, seed: int = 0, guidance: float | None = None, maps: bool = False):
+    """50 DDIM steps for all prompts in one batch -> (pictures, mean maps of steps 5 to 25 [B, 8, 8, 77] or None).
+
+    guidance: None takes the model's own.
+    """
+    guidance = model.settings["recipe"]["guidance"] if guidance is None else guidance
     merged = merged_weights(model.text.model, [(lora, 1.0)]) if lora and lora.text_encoder else None
     context = torch.cat([model.text.encode([""] * len(prompts), merged), model.text.encode(prompts, merged)])
     attach(model.unet, [lora] if lora else [])
