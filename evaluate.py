@@ -139,6 +139,8 @@ class Scorer:
 
     def __init__(self, dino: str, clip: str, device: str):
         from transformers import AutoModel, CLIPTokenizer
+        from transformers.utils import logging
+        logging.disable_progress_bar()
         self.device = device
         try:
             self.clip = AutoModel.from_pretrained(clip, dtype=torch.float32).to(device).eval()
