@@ -108,13 +108,21 @@ def test_a_batch_gives_the_pictures_of_its_seeds(method, flags, tmp_path):
     common = (*TWO, "--method", method, "--seeds", "3-7", *flags)
     assert run(*common, "--batch", "2", "--trace", str(tmp_path / "t.safetensors"), out=tmp_path / "batch") == 0
     assert run(*common, "--trace", str(tmp_path / "alone.safetensors"), out=tmp_path / "alone") == 0
+    whole = 0
     for seed in range(3, 8):
         together = load_file(tmp_path / f"t-{seed}.safetensors")
         alone = load_file(tmp_path / f"alone-{seed}.safetensors")
         assert together.keys() == alone.keys()
-        assert (together["latents"] - alone["latents"]).norm() / alone["latents"].norm() < 1e-3     # random weights: chaotic
+        # a mask pixel on its threshold may fall either way in float32; up to there, and nearly always to the end, they agree
+        masks = [run["masks"] if "masks" in run else torch.ones(3, 1) for run in (together, alone)]
+        apart = (masks[0] != masks[1]).flatten(1).any(1)                                        # [steps]
+        steps = int(apart.nonzero()[0]) if apart.any() else len(alone["latents"])
+        difference = together["latents"][:steps] - alone["latents"][:steps]
+        assert difference.norm() <= 1e-3 * alone["latents"][:steps].norm()                      # random weights: chaotic
         one, other = (pixels(tmp_path / folder / f"{method}-{seed}.png") for folder in ("batch", "alone"))
-        assert abs(one.astype(int) - other).max() <= 1
+        assert apart.any() or abs(one.astype(int) - other).max() <= 1
+        whole += not apart.any()
+    assert whole >= 4
 
 
 def test_the_panel(tmp_path):
