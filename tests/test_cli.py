@@ -268,8 +268,10 @@ def test_a_prompt_that_is_too_long_warns(tmp_path, capsys):
 
 def test_interruption_keeps_finished_images_and_leaves_no_partial_file(tmp_path):
     command = [sys.executable, str(ROOT / "clora.py"), *SMALL, *TWO, "--seeds", "0-99", "--out", str(tmp_path)]
+    # a shell that runs the tests in the background has them ignore Ctrl-C, and children inherit that
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+                               env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     deadline = time.time() + 120
     while not (tmp_path / "clora-1.png").exists() and time.time() < deadline:
         time.sleep(0.02)
