@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 SWEEP = ["--prompts", "2", "--seeds", "0-2", "--methods", "merge,base", "--batch", "2", "--set", '{"steps": 1}',
          "--no-scores", "--quiet"]
 WANTED = {(column, number, seed) for column in ("merge", "base") for number in range(2) for seed in range(3)}
-CLORA = ["--steps", "2", "--refine-steps", "0", "--quiet", "--no-panel"]
+CLORA = ["--steps", "2", "--refine-steps", "0", "--quiet", "--no-panel", "--no-report"]
 
 
 def fork(program: str, argv: list[str], log: Path, before: Callable = lambda: None) -> int:
@@ -178,7 +178,8 @@ def commands(base: Path) -> None:
     cases = rng.sample(words, 36) + [["--prompt", text, "--method", "base"] for text in rng.sample(PROMPTS, 6)]
     for n, argv in enumerate(cases):
         log = base / f"log{n}"
-        code = end(fork("clora.py", ["--quiet", "--steps", "1", "--no-panel", "--out", str(base / f"out{n}"), *argv], log))
+        brief = ["--quiet", "--steps", "1", "--no-panel", "--no-report"]
+        code = end(fork("clora.py", [*brief, "--out", str(base / f"out{n}"), *argv], log))
         lines = [line for line in log.read_text(errors="replace").splitlines() if not line.startswith("clora: warning: ")]
         left = list(base.glob(f"out{n}/*"))
         if code == 0:
