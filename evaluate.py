@@ -484,7 +484,7 @@ def sweep(args: argparse.Namespace, columns: list[str], changes: dict, sets: lis
         try:
             made = maker.make(sets[number], METHODS[column][0], recipes[column], seeds)
         except (ValueError, RuntimeError) as error:
-            made = [(None, {"error": " ".join(str(error).split())}) for _ in seeds]
+            made = [(None, {"error": printable(str(error), 1000)}) for _ in seeds]
         for seed, (picture, facts) in zip(seeds, made):
             if (column, number, seed) in done:
                 continue

@@ -319,8 +319,7 @@ class _File:
         return value
 
     def error(self, why: str) -> ValueError:
-        why = " ".join(why.split())
-        return ValueError(f"{self.path}: {why if len(why) < 600 else why[:600] + ' ...'}")
+        return ValueError(f"{self.path}: {printable(why, 600)}")
 
     def mismatch(self, why: str) -> ValueError:
         """For a key or a shape that this model does not have: with a guess which model the LoRA is for."""

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lora import read_pickle
+from lora import printable, read_pickle
 from text import TextEncoder
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -301,7 +301,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         reason = str(error)
     except Exception as error:                      # SafetensorError, or what a damaged header makes torch raise
         reason = f"is damaged or not a safetensors file ({error})"
-    raise ValueError(" ".join(f"{path} {reason}".split())[:800])
+    raise ValueError(f"{path} {printable(reason, 600)}")
 
 
 def _fill(make: Callable[[], nn.Module], state: dict[str, Tensor], path: Path, device: str, dtype: torch.dtype):
@@ -356,7 +356,7 @@ def _text_encoder(folder: Path, model: nn.Module) -> TextEncoder:
             raise ValueError(f"it has more words than the text encoder, {size}")
         text.encode([""])
     except Exception as error:                      # transformers raises many kinds
-        reason = " ".join(str(error).split())[:500]
+        reason = printable(str(error), 500)
         raise ValueError(f"{folder}: the tokenizer is damaged or of another model ({reason})") from None
     return text
 
