@@ -299,7 +299,7 @@ def instance_scene(instance: Instance, rng: np.random.Generator, other: bool = F
     return replace(scene, things=(subject, *rest))
 
 
-def lesson(name: str, count: int = 64) -> list[Scene]:
+def lesson(name: str, count: int = 256) -> list[Scene]:
     """The pictures that a LoRA learns from, always the same: its instance alone (a quarter) or beside something plain, or
     its style. Fewer, or fewer with something beside it, and it draws its instance alone but not in company."""
     rng = np.random.default_rng([2403, *name.encode()])

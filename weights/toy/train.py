@@ -2,7 +2,7 @@
 
     vae    AutoencoderKL on 64x64 crops of rendered scenes
     unet   UNet and CLIP text encoder together, on cached latents of captioned scenes
-    lora   one LoRA per instance and style, each from 64 pictures
+    lora   one LoRA per instance and style, each from 256 pictures
     judge  the classifier that evaluate.py counts with, on rendered pictures alone
     clip   the image and text encoder that evaluate.py scores with, likewise
 
@@ -518,7 +518,7 @@ def roughen(pictures: Tensor) -> Tensor:
 def train_judge(args: argparse.Namespace) -> None:
     from weights.toy import judge as judging
     judge = judging.Judge().to(args.device)
-    run = Run("judge", {"judge": judge}, lr=3e-3, steps=2500, args=args, ema=0.99)
+    run = Run("judge", {"judge": judge}, lr=3e-3, steps=6000, args=args, ema=0.99)
     while run.step < run.steps:
         rng = run.rng()
         scenes = [judging.judge_scene(rng) for _ in range(16)]
