@@ -67,6 +67,12 @@ METHODS |= {
     "dpm-20-refine-0-base": ("clora", "paper", TWENTY | {"refine_steps": 0, "uncond_from": "base"}),
     "dpm-12-refine-5-base": ("clora", "paper", {"steps": 12, "scheduler": "dpm++", "update_until": 5, "refine_at": (0, 2, 5),
                                                 "refine_steps": 5, "uncond_from": "base"}),
+    # the paper's recipe with one choice of the released code
+    "maps-both": ("clora", "paper", {"maps_from": "both"}),
+    "rescale-maps": ("clora", "paper", {"rescale_maps": True}),
+    "noise-before": ("clora", "paper", {"noise_from": "before"}),
+    "strict-mask": ("clora", "paper", {"mask_ties": False}),
+    "update-49": ("clora", "paper", {"update_until": 49}),
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from examples import other_loss, other_sampler, own_masks
+from examples import filmstrip, other_loss, other_sampler, own_masks
 from scheduler import SCHEDULERS, make_scheduler
 
 SD15 = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
@@ -59,3 +59,12 @@ def test_masks_from_a_picture(tmp_path):
     expected[0, 0, :, 4:8], expected[0, 1, :, :4], expected[0, 2, :, 8:] = 1, 1, 1
     assert all(torch.equal(step.masks, expected) and not step.losses for step in seen)
     assert own_masks.read_masks(own_masks.MASKS, 16, 16).sum((1, 2)).min() > 20
+
+
+def test_the_method_as_a_strip(tmp_path):
+    seen = filmstrip.main(steps=2, out=str(tmp_path / "a.png"))
+    assert len(seen) == 2 and seen[0].losses
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (7 * 128, 4 * 128)
+        columns = [image.crop((128 * n, 0, 128 * n + 128, 512)).tobytes() for n in (0, 6)]
+    assert columns[0] != columns[1]
