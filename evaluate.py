@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ import report
 from cli import DTYPES, TOY, Parser, changed, check_device, whole_numbers
 from clora import RECIPES, Recipe, Subject
 from lora import printable, read_lora
-from weights import load_model, split_weight
+from weights import find_lora, load_model, split_weight
 from weights.toy import renderer
 from weights.toy.judge import Judge, Seen, load_judge  # type: ignore[attr-defined]  # mypy takes the folder judge/
 
@@ -111,6 +112,7 @@ def read_sets(path: Path) -> list[dict]:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(sets, list) or not sets:
         raise ValueError(f'{path} must hold a list of {{"prompt": ..., "loras": [[FILE, "SUBJECT=TRIGGER"], ...]}}')
+    there: set[str] = set()                         # files that were found, so that the hub is asked once for each
     for number, one in enumerate(sets):
         if not isinstance(one, dict) or not {"prompt", "loras"} <= one.keys():
             raise ValueError(f"{path}: set {number} needs a prompt and loras")
@@ -123,8 +125,16 @@ def read_sets(path: Path) -> list[dict]:
         if not isinstance(style := one.get("style", ""), str):
             raise ValueError(f"{path}: set {number}: the style is no file name")
         for file in [*(file for file, _ in one["loras"]), *([style] if style else [])]:
-            if not Path(split_weight(file)[0]).is_file():
+            name = split_weight(file)[0]
+            if name in there:
+                continue
+            try:
+                found = find_lora(name).is_file()
+            except ValueError as error:
+                raise ValueError(f"{path}: set {number}: {error}") from None
+            if not found:
                 raise ValueError(f"{path}: set {number}: {file} does not exist")
+            there.add(name)
         folders = one.get("references", [])
         if "references" in one and not (isinstance(folders, list) and len(folders) == len(one["loras"])):
             raise ValueError(f"{path}: set {number}: references must be a list of one folder for each LoRA")
@@ -185,13 +195,13 @@ class Scorer:
         return torch.nn.functional.normalize(tower(pixel_values=pixels).last_hidden_state[:, 0], dim=1)
 
     @torch.no_grad()
-    def score(self, picture: np.ndarray, prompt: str, references: list[list[np.ndarray]], keys: list[str]) -> dict:
+    def score(self, picture: np.ndarray, prompt: str, references: dict[str, Callable[[], list[np.ndarray]]]) -> dict:
         """Mean similarity to each LoRA's references (its minimum, mean, maximum over the LoRAs), and the CLIP score."""
-        for key, pictures in zip(keys, references):
+        for key, pictures in references.items():
             if key not in self.references:
-                self.references[key] = self.look(pictures)
+                self.references[key] = self.look(pictures())
         mine = self.look([picture])
-        similar = [(self.references[key] @ mine.T).mean().item() for key in keys]
+        similar = [(self.references[key] @ mine.T).mean().item() for key in references]
         ids = self.tokenizer([prompt], padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
         out = self.clip(input_ids=ids.to(self.device), pixel_values=self._pixels([picture], self.rules[1]))
         score = (out.text_embeds * out.image_embeds).sum().item()
@@ -206,18 +216,20 @@ def pictures_in(folder: str | Path) -> list[Path]:
     return [path for path in sorted(Path(folder).glob("*")) if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
 
 
-def references_of(one: dict) -> tuple[list[str], list[list[np.ndarray]]]:
-    """A set's reference pictures per LoRA: "references" of the set (folders), or the lessons of the embedded LoRAs."""
-    keys, pictures = [], []
-    for n, (file, _) in enumerate(one["loras"]):
-        if "references" in one:
-            folder = Path(one["references"][n])
-            keys.append(str(folder))
-            pictures.append([np.asarray(Image.open(path).convert("RGB")) for path in pictures_in(folder)])
-        elif Path(file).parent.resolve() == (TOY / "loras").resolve():
-            keys.append(Path(file).stem)
-            pictures.append([renderer.render(scene) for scene in renderer.lesson(Path(file).stem)])
-    return keys, pictures
+def read_pictures(folder: str) -> list[np.ndarray]:
+    return [np.asarray(Image.open(path).convert("RGB")) for path in pictures_in(folder)]
+
+
+def lesson_pictures(name: str) -> list[np.ndarray]:
+    return [renderer.render(scene) for scene in renderer.lesson(name, 64)]
+
+
+def references_of(one: dict) -> dict[str, Callable[[], list[np.ndarray]]]:
+    """A set's reference pictures per LoRA, by name: "references" of the set (folders), or lessons of the embedded LoRAs."""
+    if "references" in one:
+        return {folder: functools.partial(read_pictures, folder) for folder in one["references"]}
+    names = [Path(file).stem for file, _ in one["loras"] if Path(file).parent.resolve() == (TOY / "loras").resolve()]
+    return {name: functools.partial(lesson_pictures, name) for name in names}
 
 
 # --- one image --------------------------------------------------------------------------------------------------------
@@ -251,7 +263,7 @@ class Maker:
 
     def lora(self, file: str):
         if file not in self.loras:
-            self.loras[file] = read_lora(file, self.model.unet, self.model.text.model)
+            self.loras[file] = read_lora(find_lora(file), self.model.unet, self.model.text.model)
         return self.loras[file]
 
     def subjects(self, one: dict) -> list[Subject]:
@@ -289,8 +301,7 @@ class Maker:
             if self.judge is not None and "truth" in one:
                 facts |= verdict(self.judge.look(picture[None])[0], one["truth"])
             if self.scorer is not None:
-                keys, references = references_of(one)
-                facts |= self.scorer.score(picture, one["prompt"], references, keys)
+                facts |= self.scorer.score(picture, one["prompt"], references_of(one))
         return made
 
 

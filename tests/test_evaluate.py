@@ -83,6 +83,23 @@ def test_sets_that_are_refused(content, word, tmp_path, monkeypatch):
     assert evaluate.read_sets(Path("sets.json")) == [GOOD]
 
 
+def test_sets_with_loras_of_the_hub(tmp_path, monkeypatch):
+    asked = []
+
+    def find(source):
+        asked.append(source)
+        if source == "someone/else":
+            raise ValueError("someone/else cannot be loaded")
+        return Path(LORA if source == "someone/cats:zib.safetensors" else source)
+    monkeypatch.setattr(evaluate, "find_lora", find)
+    one = {"prompt": "a ball", "loras": [["someone/cats:zib.safetensors:0.5", "ball"]]}
+    (tmp_path / "sets.json").write_text(json.dumps([one, one]))
+    assert evaluate.read_sets(tmp_path / "sets.json") == [one, one] and asked == ["someone/cats:zib.safetensors"]
+    (tmp_path / "sets.json").write_text(json.dumps([one, {**one, "style": "someone/else"}]))
+    with pytest.raises(ValueError, match=r"sets.json: set 1: someone/else cannot be loaded"):
+        evaluate.read_sets(tmp_path / "sets.json")
+
+
 @pytest.mark.parametrize("changes, word", [
     ({"steps": "9"}, "steps"), ({"steps": 0}, "--steps"), ({"alpha": float("nan")}, "--alpha"), ({"eta": True}, "eta"),
     ({"scheduler": "euler"}, "euler"), ({"refine_at": 3}, "refine_at"), ({"refine_at": ["x"]}, "refine_at"),

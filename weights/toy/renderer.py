@@ -307,3 +307,12 @@ def lesson(name: str, count: int = 256) -> list[Scene]:
         return [replace(random_scene(rng), style=STYLES[name]) for _ in range(count)]
     instance = next(instance for instance in INSTANCES if instance.name == name)
     return [instance_scene(instance, rng, other=n % 4 > 0) for n in range(count)]
+
+
+def plainly(scene: Scene, seed: int) -> Scene:
+    """The scene of a lesson with its subject, the first thing, as the base model would draw it: in some colour."""
+    rng = np.random.default_rng([seed, 2403])
+    colours = list(COLOURS.values())
+    first = replace(scene.things[0], texture=str(rng.choice(BASE_TEXTURES, p=[0.6, 0.3, 0.1])),
+                    colour=colours[rng.integers(len(colours))], second=[*colours, WHITE][rng.integers(len(colours) + 1)])
+    return replace(scene, things=(first, *scene.things[1:]))
