@@ -35,7 +35,7 @@ def read_masks(path: str | Path, height: int, width: int) -> Tensor:
 def main(steps: int = 50, masks: str | Path = MASKS, out: str = "out/own-masks.png") -> list[Step]:
     model = load_model(TOY)
     zib, pel = (read_lora(TOY / f"loras/{name}.safetensors", model.unet, model.text.model) for name in ("zib", "pel"))
-    recipe = replace(RECIPES["paper"], steps=steps, guidance=5.0, update_until=-1)
+    recipe = replace(RECIPES["paper"], steps=steps, guidance=3.0, update_until=-1)
     plan = make_plan(model, "a ball and a ring on the grass",
                      [Subject(zib, "ball", "zib ball"), Subject(pel, "ring", "pel ring")], recipe=recipe)
 
