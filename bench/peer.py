@@ -79,7 +79,7 @@ class Peer:
         terms = []
         for i, (c, one) in enumerate(flat):
             similar = [torch.cosine_similarity(one, other, dim=0) / temperature for _, other in flat]
-            negative = torch.stack([s for (d, _), s in zip(flat, similar) if d != c]).exp().sum()
+            negative = sum(s.exp() for (d, _), s in zip(flat, similar) if d != c)         # 0 with one concept alone
             terms += [-torch.log(s.exp() / (s.exp() + negative))
                       for j, ((d, _), s) in enumerate(zip(flat, similar)) if d == c and i != j]
         return torch.stack(terms).mean()
