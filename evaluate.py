@@ -62,6 +62,8 @@ METHODS |= {
     "refine-stop": ("clora", "paper", {"refine_stop": 0.01}),
     "every-2": ("clora", "paper", {"update_every": 2}),
     "uncond-base": ("clora", "paper", {"uncond_from": "base"}),
+    "refine-0-base": ("clora", "paper", {"refine_steps": 0, "uncond_from": "base"}),
+    "every-2-base": ("clora", "paper", {"refine_steps": 0, "update_every": 2, "uncond_from": "base"}),
     "dpm-20": ("clora", "paper", TWENTY),
     "dpm-20-refine-5": ("clora", "paper", TWENTY | {"refine_steps": 5}),
     "dpm-20-refine-5-base": ("clora", "paper", TWENTY | {"refine_steps": 5, "uncond_from": "base"}),
