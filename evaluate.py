@@ -441,11 +441,15 @@ def curve(lines: list[dict], columns: list[str]) -> Image.Image:
         draw.text((x, y + 8), f"{most * tenth / 10:.1f}", fill=(60, 60, 60), font=font, anchor="ma")
     draw.text((width / 2, height - 8), "seconds an image", fill=(60, 60, 60), font=font, anchor="ms")
     draw.text((left + 4, top - 4), "images with every subject in its own look", fill=(60, 60, 60), font=font, anchor="ls")
+    labels: list[tuple[float, float, float]] = []       # names as drawn: left, right, middle
     for n, (column, (seconds, (mean, low, high))) in enumerate(points.items()):
         colour = report.COLOURS[n % len(report.COLOURS)]
         x, y = at(seconds, mean)
         draw.line((*at(seconds, low), *at(seconds, high)), fill=colour, width=2)
         draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
+        while any(abs(y - up) < 14 and x < end and start < x + 8 * len(column) for start, end, up in labels):
+            y += 14                                     # below the names that are there already
+        labels.append((x, x + 8 * len(column), y))
         draw.text((x + 8, y), column, fill=colour, font=font, anchor="lm")
     return sheet
 
