@@ -90,7 +90,11 @@ def embedded_sets(split: str, prompts: int, subjects: int) -> list[dict]:
     names = [instance.name for instance in renderer.INSTANCES]
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1:]]
     np.random.default_rng(0).shuffle(pairs)
-    allowed = {tuple(pair) for pair in (pairs[:8] if split == "tune" else pairs[8:])}
+    tuning = pairs[:8]
+    for name in names:                              # settings are not chosen without one of the instances: each is in two pairs
+        missing = 2 - sum(name in pair for pair in tuning)
+        tuning = tuning + [pair for pair in pairs if name in pair and pair not in tuning][:max(0, missing)]
+    allowed = {pair for pair in pairs if (pair in tuning) == (split == "tune")}
     instances = {instance.name: instance for instance in renderer.INSTANCES}
     backgrounds = [words for _, _, words in renderer.BACKGROUNDS.values()]
     sets: list[dict] = []
