@@ -71,7 +71,7 @@ RECIPES = {
     "paper": Recipe(),
     "release": Recipe(steps=100, guidance=10.0, update_until=49, rescale_maps=True, maps_from="both",
                       noise_from="before", mask_ties=False),
-    "fast": Recipe(steps=20, scheduler="dpm++", update_until=9, refine_at=(0, 4, 8), refine_steps=5, uncond_from="base"),
+    "fast": Recipe(steps=20, scheduler="dpm++", update_until=9, refine_at=(0, 4, 8), refine_steps=5),
 }
 
 
