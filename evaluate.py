@@ -91,7 +91,7 @@ def embedded_sets(split: str, prompts: int, subjects: int) -> list[dict]:
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1:]]
     np.random.default_rng(0).shuffle(pairs)
     tuning = pairs[:8]
-    for name in names:                              # settings are not chosen without one of the instances: each is in two pairs
+    for name in names:                              # settings are chosen with every instance: each is in two pairs at least
         missing = 2 - sum(name in pair for pair in tuning)
         tuning = tuning + [pair for pair in pairs if name in pair and pair not in tuning][:max(0, missing)]
     allowed = {pair for pair in pairs if (pair in tuning) == (split == "tune")}
