@@ -31,7 +31,8 @@ def made(tmp_path_factory) -> Path:
         patch.chdir(folder)
         assert cli.main([
             "--model", "model", "--prompt", "a cat and a dog", "--negative=-nsfw", "--height", "64", "--width", "64",
-            "--recipe", "fast", "--steps", "3", "--refine-steps", "0", "--eta", "0.5", "--scheduler", "ddim", "--seed", "3",
+            "--recipe", "fast", "--steps", "3", "--refine-steps", "0", "--uncond-from", "base",
+            "--eta", "0.5", "--scheduler", "ddim", "--seed", "3",
             "--lora", "cat_peft.safetensors", "cat=sks cat", "--lora", "dog_kohya.safetensors:0.9", "dog=sks dog",
             "--style", "style_peft.safetensors:0.8", "--low-memory", "--quiet"]) == 0
     return folder
