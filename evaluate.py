@@ -451,9 +451,10 @@ def curve(lines: list[dict], columns: list[str]) -> Image.Image:
         x, y = at(seconds, mean)
         draw.line((*at(seconds, low), *at(seconds, high)), fill=colour, width=2)
         draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
-        while any(abs(y - up) < 14 and x < end and start < x + 8 * len(column) for start, end, up in labels):
+        right = x + 8 * len(column)
+        while any(abs(y - middle) < 14 and x < end and start < right for start, end, middle in labels):
             y += 14                                     # below the names that are there already
-        labels.append((x, x + 8 * len(column), y))
+        labels.append((x, right, y))
         draw.text((x + 8, y), column, fill=colour, font=font, anchor="lm")
     return sheet
 
