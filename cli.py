@@ -21,8 +21,9 @@ import clora
 import report
 import rerun
 from clora import METHODS, RECIPES, Recipe, Step, Subject
-from lora import LoRA, describe, printable, read_lora, trigger_words
+from lora import LoRA
 from weights import Model, find_lora, load_model, split_weight
+from weights.lora import describe, printable, read_lora, trigger_words
 
 # as seen from where the user is: the path goes into the images' settings
 TOY = Path(os.path.relpath(Path(__file__).resolve().parent / "weights" / "toy"))

@@ -30,8 +30,8 @@ import clora
 import report
 from cli import DTYPES, TOY, Parser, changed, check_device, whole_numbers
 from clora import RECIPES, Recipe, Subject
-from lora import printable, read_lora
 from weights import find_lora, load_model, split_weight
+from weights.lora import printable, read_lora
 from weights.toy import renderer
 from weights.toy.judge import Judge, Seen, load_judge  # type: ignore[attr-defined]  # mypy takes the folder judge/
 

@@ -14,9 +14,8 @@ import numpy as np
 from PIL import Image
 
 from clora import RECIPES, Step, Subject, compose, decode, initial_noise, make_plan
-from lora import read_lora
 from report import heat
-from weights import load_model
+from weights import load_model, read_lora
 
 TOY = Path(__file__).parents[1] / "weights/toy"
 SIDE = 128

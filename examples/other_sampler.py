@@ -14,9 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from clora import RECIPES, Step, Subject, compose, decode, initial_noise, make_plan
-from lora import read_lora
 from scheduler import SCHEDULERS, Generators, History, Scheduler
-from weights import load_model
+from weights import load_model, read_lora
 
 TOY = Path(__file__).parents[1] / "weights/toy"
 

@@ -17,8 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from clora import RECIPES, Recipe, Step, Subject, compose, decode, initial_noise, make_plan
-from lora import read_lora
-from weights import load_model
+from weights import load_model, read_lora
 
 TOY = Path(__file__).parents[1] / "weights/toy"
 MASKS = Path(__file__).parent / "masks.png"

@@ -28,10 +28,11 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 import cli
-from lora import attach, read_lora
+from lora import attach
 from tests.conftest import TINY_UNET
 from unet import UNet
 from weights import load_model
+from weights.lora import read_lora
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -361,7 +362,7 @@ HUGE = """
     import resource, sys
     from pathlib import Path
     import torch
-    from lora import read_lora
+    from weights.lora import read_lora
     from weights import load_model
     from tests.conftest import TINY_UNET
     from unet import UNet

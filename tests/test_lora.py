@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lora import LoRA, attach, merged_weights, read_lora
+from lora import LoRA, attach, merged_weights
 from unet import UNet, UNetConfig
 from weights import load_model
+from weights.lora import read_lora
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = UNetConfig(block_out_channels=(32, 64, 64, 64), norm_num_groups=8, cross_attention_dim=32, attention_head_dim=8)

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import clora
-from lora import read_lora
 from weights import load_model
+from weights.lora import read_lora
 
 GOLDEN = Path(__file__).parent / "golden"
 

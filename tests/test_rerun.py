@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import cli
 import report
 import rerun
-from lora import describe, trigger_words
+from weights.lora import describe, trigger_words
 
 GOLDEN = Path(__file__).parent / "golden"
 

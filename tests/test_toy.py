@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lora import attach, merged_weights, read_lora
+from lora import attach, merged_weights
 from weights import load_model
+from weights.lora import read_lora
 from weights.toy import judge, renderer
 
 ROOT = Path(__file__).parents[1]

@@ -21,10 +21,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lora import printable, read_pickle
 from text import TextEncoder
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
+from weights.lora import printable, read_pickle
+from weights.lora import read_lora as read_lora  # for `from weights import load_model, read_lora`
 from weights.names import ldm_unet_name, ldm_vae_name
 
 # What SD 1.5 publishes; a single file carries none of it.

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lora import LoRA, attach, merged_weights, read_lora
+from lora import LoRA, attach, merged_weights
 from unet import UNet, UNetConfig
+from weights.lora import read_lora
 
 TINY = UNetConfig(block_out_channels=(32, 64, 64, 64), norm_num_groups=8, cross_attention_dim=32, attention_head_dim=8)
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")

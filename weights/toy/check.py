@@ -23,9 +23,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))            # so that it runs as a script from anywhere
 
 from clora import RECIPES, Subject, compose, initial_noise, make_plan
-from lora import attach, merged_weights, read_lora
+from lora import attach, merged_weights
 from scheduler import make_scheduler
 from weights import Model, load_model
+from weights.lora import read_lora
 from weights.toy import renderer
 from weights.toy.judge import LOOKS, draws_all, judge_scene, load_judge, look_of
 
