@@ -378,7 +378,7 @@ FIGURES = (("success", "success", "{:.0%}"), ("a subject is missing", "missing",
 
 
 def table(lines: list[dict], columns: list[str]) -> str:
-    """Markdown: a row per method; every figure with its 95 % interval, and the first one's paired difference to merge."""
+    """Markdown: a row per method; figures with their 95 % interval, the first one's paired difference to merge and clora."""
     present = [figure for figure in FIGURES if any(figure[1] in line for line in lines)]
     if not present:
         return "no image was made"
@@ -387,8 +387,10 @@ def table(lines: list[dict], columns: list[str]) -> str:
         if "error" not in line:
             by[line["column"]][line["set"], line["seed"]] = line
     first, key, form = present[0]
-    rows = ["| method | images | " + " | ".join(name for name, _, _ in present) + f" | {first} less merge's | seconds |",
-            "|---" * (len(present) + 4) + "|"]
+    others = [other for other in ("merge", "clora") if other == "merge" or other in columns]
+    headings = ["method", "images", *(name for name, _, _ in present), *(f"{first} less {other}'s" for other in others),
+                "seconds"]
+    rows = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
 
     def written(form: str, values: list[float], groups: list[int]) -> str:
         mean, low, high = (form.format(x) for x in bootstrap(np.array(values, float), np.array(groups)))
@@ -400,9 +402,10 @@ def table(lines: list[dict], columns: list[str]) -> str:
         groups = [line["set"] for line in done]
         cells = [written(form, [line[key] for line in done], groups) if all(key in line for line in done) else ""
                  for _, key, form in present]
-        pairs = [(at[0], float(line[key]) - float(by["merge"][at][key])) for at, line in by[column].items()
-                 if column != "merge" and at in by.get("merge", {})]
-        cells.append(written(form.replace(":", ":+"), [d for _, d in pairs], [g for g, _ in pairs]) if pairs else "")
+        for other in others:
+            pairs = [(at[0], float(line[key]) - float(by[other][at][key])) for at, line in by[column].items()
+                     if column != other and at in by.get(other, {})]
+            cells.append(written(form.replace(":", ":+"), [d for _, d in pairs], [g for g, _ in pairs]) if pairs else "")
         cells.append(f"{np.median([line['seconds'] for line in done]):.1f}")
         rows.append(f"| {column} | {len(done)} | {' | '.join(cells)} |")
     return "\n".join(rows)

@@ -156,3 +156,14 @@ def test_the_interval_covers_the_mean():
         assert low <= mean <= high
         covered += low <= 0.3 <= high
     assert covered >= 88
+
+
+def test_table_pairs_every_method_with_merge_and_clora():
+    lines = [{"column": column, "set": number, "seed": 0, "success": column == "clora" or number < 2, "seconds": 1.0}
+             for column in ("clora", "merge") for number in range(4)]
+    lines += [{"column": "clora", "set": 9, "seed": 0, "success": False, "seconds": 1.0}]       # merge has no such image
+    heading, _, clora, merge = (line.split(" | ") for line in evaluate.table(lines, ["clora", "merge"]).splitlines())
+    assert heading[3:5] == ["success less merge's", "success less clora's"]
+    assert clora[2].startswith("80% (") and clora[3].startswith("+50% (") and not clora[4].strip()
+    assert merge[2].startswith("50% (") and not merge[3].strip() and merge[4].startswith("-50% (")
+    assert "clora's" not in evaluate.table([line for line in lines if line["column"] == "merge"], ["merge"])
