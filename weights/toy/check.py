@@ -100,9 +100,9 @@ def confusion(what: str, names: tuple[str, ...], pairs: Counter) -> str:
 
 @torch.no_grad()
 def check_vae(model: Model) -> None:
-    rng, same, known, total = np.random.default_rng(1002), 0, 0, 0
+    rng, same, originals, total = np.random.default_rng(1002), 0, 0, 0
     taught = {instance.name for instance in renderer.INSTANCES}
-    found: list[bool] = []                          # of every thing that looks like an instance: is it seen as such?
+    again_seen: list[bool] = []                     # for every thing that looks like an instance
     for _ in range(40):
         scenes = [scene for scene in (judge_scene(rng) for _ in range(10)) if not scene.style]
         pictures = np.stack([renderer.render(scene) for scene in scenes])
@@ -112,10 +112,10 @@ def check_vae(model: Model) -> None:
             truth = sorted((thing.kind, look_of(thing)) for thing in scene.things)
             total += 1
             same += sorted((one.kind, one.look) for one in mine) == truth
-            known += sorted((one.kind, one.look) for one in theirs) == truth
-            found += [thing in [(one.kind, one.look) for one in mine] for thing in truth if thing[1] in taught]
-    print(f"vae: the judge reads {same / total:.1%} of the reconstructions right, {known / total:.1%} of the originals; "
-          f"it knows {np.mean(found):.1%} of {len(found)} things in a texture of the LoRAs again")
+            originals += sorted((one.kind, one.look) for one in theirs) == truth
+            again_seen += [thing in [(one.kind, one.look) for one in mine] for thing in truth if thing[1] in taught]
+    print(f"vae: the judge reads {same / total:.1%} of the reconstructions right, {originals / total:.1%} of the originals; "
+          f"it knows {np.mean(again_seen):.1%} of {len(again_seen)} things in a texture of the LoRAs again")
 
 
 def check_base(model: Model, count: int = 200) -> None:
