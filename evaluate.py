@@ -240,17 +240,21 @@ def references_of(one: dict) -> dict[str, Callable[[], list[np.ndarray]]]:
 
 # --- one image --------------------------------------------------------------------------------------------------------
 
-def verdict(seen: list[Seen], truth: list[list[str]]) -> dict:
-    """success: every subject is there in its own look and no other object wears one of the looks."""
-    missing, leaks = 0, 0
+def verdict(seen: list[Seen], truth: list[list[str]], style: tuple[str, str] | None = None) -> dict:
+    """success: every subject is there in its own look and no other object wears one of the looks.
+
+    With a style (asked, seen), which changes every colour, looks are not judged: success is that every kind of object is
+    there, and that the picture has the style.
+    """
     looks = {look for _, look in truth}
-    for kind, look in truth:
-        missing += not any(one.kind == kind and one.look == look for one in seen)
-    for one in seen:
-        leaks += one.look in looks and [one.kind, one.look] not in [list(pair) for pair in truth]
-    absent = sum(not any(one.kind == kind for one in seen) for kind, _ in truth)
-    return {"success": not missing and not leaks, "missing": missing > 0, "absent": absent > 0, "leak": leaks > 0,
-            "seen": [[one.kind, one.look] for one in seen]}
+    absent = any(not any(one.kind == kind for one in seen) for kind, _ in truth)
+    facts = {"absent": absent, "seen": [[one.kind, one.look] for one in seen]}
+    if style is not None:
+        asked, found = style
+        return {"success": not absent and asked == found, "missing": absent, "styled": asked == found, **facts}
+    missing = any(not any((one.kind, one.look) == (kind, look) for one in seen) for kind, look in truth)
+    leak = any(one.look in looks and [one.kind, one.look] not in [list(pair) for pair in truth] for one in seen)
+    return {"success": not missing and not leak, "missing": missing, "leak": leak, **facts}
 
 
 class Maker:
@@ -303,9 +307,11 @@ class Maker:
                 facts["shares"] = [round(x, 3) for x in torch.stack(shares).mean(0)[b].tolist()]
                 facts["mask"] = round(sum(facts["shares"][1:]) / len(facts["shares"][1:]), 3)
             made.append((picture, facts))
+        asked = renderer.STYLES.get(Path(split_weight(one.get("style", ""))[0]).stem)
         for picture, facts in made:
             if self.judge is not None and "truth" in one:
-                facts |= verdict(self.judge.look(picture[None])[0], one["truth"])
+                style = (asked, self.judge.styles(picture[None])[0]) if asked else None
+                facts |= verdict(self.judge.look(picture[None])[0], one["truth"], style)
             if self.scorer is not None:
                 facts |= self.scorer.score(picture, one["prompt"], references_of(one))
         return made
@@ -372,9 +378,9 @@ def bootstrap(values: np.ndarray, groups: np.ndarray, rounds: int = 2000) -> tup
 
 # figures of the table: heading, key of a result, how it is written
 FIGURES = (("success", "success", "{:.0%}"), ("a subject is missing", "missing", "{:.0%}"),
-           ("a texture leaks", "leak", "{:.0%}"), ("mask of a subject", "mask", "{:.0%}"),
-           ("DINO min", "dino_min", "{:.3f}"), ("DINO avg", "dino_avg", "{:.3f}"),
-           ("DINO max", "dino_max", "{:.3f}"), ("CLIP", "clip", "{:.3f}"))
+           ("a texture leaks", "leak", "{:.0%}"), ("the style is there", "styled", "{:.0%}"),
+           ("mask of a subject", "mask", "{:.0%}"), ("DINO min", "dino_min", "{:.3f}"),
+           ("DINO avg", "dino_avg", "{:.3f}"), ("DINO max", "dino_max", "{:.3f}"), ("CLIP", "clip", "{:.3f}"))
 
 
 def table(lines: list[dict], columns: list[str]) -> str:
@@ -480,7 +486,11 @@ def main(args: argparse.Namespace) -> int:
     changed(Recipe(), changes, "--set")
     sets = read_sets(Path(args.sets)) if args.sets else embedded_sets(args.split, args.prompts, args.subjects)
     if args.style:
-        sets = [{**one, "style": args.style} for one in sets]
+        if not find_lora(split_weight(args.style)[0]).is_file():
+            raise ValueError(f"--style {args.style}: there is no such file")
+        name = Path(split_weight(args.style)[0]).stem           # the embedded styles have triggers too
+        words = f", {name} style" if not args.sets and name in renderer.STYLES else ""
+        sets = [{**one, "prompt": one["prompt"] + words, "style": args.style} for one in sets]
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = Path(args.out)
     (folder / "images").mkdir(parents=True, exist_ok=True)

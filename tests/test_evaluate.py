@@ -140,6 +140,16 @@ def test_verdicts():
     assert both["leak"] and not both["success"] and not both["missing"]
 
 
+def test_verdicts_in_a_style_count_kinds_and_the_style():
+    truth = [["ball", "zib"], ["star", "tam"]]
+    ball, star = Seen("ball", "red", 0.0, 0.0, 9), Seen("star", "zib", 0.0, 0.0, 9)
+    assert evaluate.verdict([ball, star], truth, ("duotone", "duotone"))["success"]
+    plain = evaluate.verdict([ball, star], truth, ("duotone", ""))
+    assert not plain["success"] and not plain["styled"] and not plain["missing"]
+    assert evaluate.verdict([ball], truth, ("duotone", "duotone"))["missing"]
+    assert not evaluate.verdict([ball], truth, ("duotone", "duotone"))["success"]
+
+
 def test_tuning_and_test_prompts_share_no_pair():
     def pairs(split):
         return {tuple(sorted(look for _, look in one["truth"])) for one in evaluate.embedded_sets(split, 40, 2)}
