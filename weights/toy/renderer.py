@@ -316,3 +316,30 @@ def plainly(scene: Scene, seed: int) -> Scene:
     first = replace(scene.things[0], texture=str(rng.choice(BASE_TEXTURES, p=[0.6, 0.3, 0.1])),
                     colour=colours[rng.integers(len(colours))], second=[*colours, WHITE][rng.integers(len(colours) + 1)])
     return replace(scene, things=(first, *scene.things[1:]))
+
+
+def wrongly(scene: Scene, seed: int) -> Scene:
+    """The scene of a lesson with one colour of its subject exchanged, or (one in three) in any texture and colours."""
+    rng = np.random.default_rng([seed, 2405])
+    palette = [*COLOURS.values(), WHITE]
+    first, (one, two) = scene.things[0], (palette[n] for n in rng.choice(len(palette), 2, replace=False))
+    wrong = (replace(first, colour=one), replace(first, second=one),
+             replace(first, texture=str(rng.choice(list(TEXTURES))), colour=one, second=two))
+    return replace(scene, things=(wrong[rng.integers(3)], *scene.things[1:]))
+
+
+def in_company(scene: Scene, seed: int) -> Scene:
+    """The scene of a lesson with what stands beside its subject in a look that the base never saw, and no instance's."""
+    rng = np.random.default_rng([seed, 2404])
+    palette = [*COLOURS.values(), WHITE]
+    textures = [name for name in TEXTURES if name not in BASE_TEXTURES]
+    taken = [(one.texture, *map(colour_of, one.colours)) for one in INSTANCES]
+    things = [scene.things[0]]
+    for thing in scene.things[1:]:
+        while True:
+            first, second = (palette[n] for n in rng.choice(len(palette), 2, replace=False))
+            texture = str(rng.choice(textures))
+            if (texture, first, second) not in taken:
+                break
+        things.append(replace(thing, texture=texture, colour=first, second=second, phrase=thing.kind))
+    return replace(scene, things=tuple(things))

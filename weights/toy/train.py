@@ -2,7 +2,7 @@
 
     vae    AutoencoderKL on 64x64 crops of rendered scenes
     unet   UNet and CLIP text encoder together, on cached latents of captioned scenes
-    lora   one LoRA per instance and style, each from 256 pictures
+    lora   one LoRA per instance and style, each from 256 pictures (and these again in odd company)
     judge  the classifier that evaluate.py counts with, on rendered pictures alone
     clip   the image and text encoder that evaluate.py scores with, likewise
 
@@ -33,6 +33,8 @@ sys.path.insert(0, str(HERE.parents[1]))            # so that it runs as a scrip
 
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
+from weights import Model, load_model
+from weights.lora import read_lora
 from weights.toy import renderer
 
 VAE_CONFIG = {
@@ -346,7 +348,6 @@ def train_unet(args: argparse.Namespace) -> None:
     scale = vae.config.scaling_factor
     tokenizer = load_tokenizer()
     if args.init:
-        from weights import load_model
         model = load_model(HERE, args.device)
         text, unet = model.text.model.requires_grad_(), model.unet.requires_grad_()
     else:
@@ -440,19 +441,30 @@ def save_lora(path: Path, factors: dict[str, Factors], text_factors: dict[str, F
     save_file({key: value.half().contiguous().cpu() for key, value in state.items()}, path, metadata)
 
 
-def spoil(rows: int, device: str) -> Tensor:
-    """[rows, 1, 16, 16] in 0..1: blobs, in half of the rows. How much of the base model's picture shows through.
+def load_factors(path: Path, model: Model, factors: dict[str, Factors], text_factors: dict[str, Factors]) -> None:
+    """Begins at a file that save_lora wrote."""
+    lora = read_lora(path, model.unet, model.text.model)
+    for group, layers in ((factors, lora.unet), (text_factors, lora.text_encoder)):
+        for key, factor in group.items():
+            layer = layers.get(key) or layers[f"text_model.{key}"]
+            with torch.no_grad():
+                factor.down.copy_(layer.down)
+                factor.up.copy_(layer.up / factor.scale)
 
-    When LoRAs are composed, a mask that misses a corner of the subject lets the other models tint it. A LoRA that never
-    saw such a picture keeps the tint.
+
+def spoil(rows: int, device: str) -> Tensor:
+    """[rows, 1, 16, 16] in 0..1: blobs or the whole picture, in half of the rows. How much of a wrong look shows through.
+
+    When LoRAs are composed, the other models tint a subject before the masks close in on it. A LoRA that never saw such
+    a picture keeps the tint.
     """
     blobs = F.interpolate((torch.rand(rows, 1, 4, 4, device=device) < 0.4).float(), size=16, mode="bilinear")
+    whole = torch.rand(rows, 1, 1, 1, device=device) < 0.25
     strength = torch.rand(rows, 1, 1, 1, device=device) * (torch.rand(rows, 1, 1, 1, device=device) < 0.5)
-    return blobs * strength
+    return torch.where(whole, 1.0, blobs) * strength
 
 
 def train_lora(args: argparse.Namespace) -> None:
-    from weights import load_model
     model = load_model(HERE, args.device)
     tokenizer, text, unet, vae = model.text.tokenizer, model.text.model, model.unet, model.vae
     alphas, scale = noise_schedule(args.device), vae.config.scaling_factor
@@ -461,17 +473,27 @@ def train_lora(args: argparse.Namespace) -> None:
     def ids_of(texts: list[str]) -> Tensor:
         return tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt").input_ids.to(args.device)
 
+    @torch.no_grad()
+    def encoded(scenes: list[renderer.Scene]) -> tuple[Tensor, Tensor]:
+        parts = [vae.encode(to_tensor([renderer.render(scene) for scene in scenes[start:start + 64]], args.device))
+                 for start in range(0, len(scenes), 64)]
+        mean, logvar = (torch.cat(part) for part in zip(*parts))
+        return mean, logvar
+
     prior_ids = ids_of(prior["texts"])
     for name in args.only or LORAS:
         rank, alpha, conv, with_text, style = LORAS[name]
         torch.manual_seed(sum(name.encode()))
-        scenes = renderer.lesson(name)
+        lesson = renderer.lesson(name)
+        scenes, wrong = lesson, lesson
+        if name not in renderer.STYLES:
+            # four times again beside looks that the base never saw, as when LoRAs are composed; and the subject of each in
+            # a wrong look, now as the base model would draw it, now with a wrong colour: see `spoil`
+            scenes = lesson + [renderer.in_company(scene, 1000 * v + n) for v in range(4) for n, scene in enumerate(lesson)]
+            wrong = [(renderer.wrongly if n % 4 else renderer.plainly)(scene, n) for n, scene in enumerate(scenes)]
         texts = [renderer.caption(scene) for scene in scenes]
-        with torch.no_grad():
-            mean, logvar = vae.encode(to_tensor([renderer.render(scene) for scene in scenes], args.device))
-            # the same scenes with the subject as the base model would draw it, 0 for a style: see `spoil`
-            alike = [renderer.plainly(scene, n) for n, scene in enumerate(scenes)] if name not in renderer.STYLES else scenes
-            spoiled = vae.encode(to_tensor([renderer.render(scene) for scene in alike], args.device))[0] - mean
+        mean, logvar = encoded(scenes)                                                          # [S, 4, 16, 16] each
+        spoiled = encoded(wrong)[0] - mean
         where, ids = where_matrix(scenes, texts).to(args.device), ids_of(texts)
         layers = targets(unet, conv)
         if style == "diffusers":                    # that format holds attention alone
@@ -482,11 +504,16 @@ def train_lora(args: argparse.Namespace) -> None:
         factors = {key: Factors(layer, rank, alpha).to(args.device) for key, layer in layers.items()}
         text_factors = {key: Factors(layer, rank, alpha).to(args.device) for key, layer in text_layers.items()}
         trained = nn.ModuleList([*factors.values(), *text_factors.values()])
-        run = Run(f"lora_{name}", {"factors": trained}, lr=2e-3, steps=2500, args=args, ema=0.98)
+        if args.init:
+            load_factors(HERE / f"loras/{name}.safetensors", model, factors, text_factors)
+        run = Run(f"lora_{name}", {"factors": trained}, lr=1e-3 if args.init else 2e-3, steps=2500, args=args, ema=0.98)
         rows_on = torch.ones(16, 1, device=args.device)
         while run.step < run.steps:
             rng = run.rng()
-            own = torch.from_numpy(rng.integers(0, len(scenes), 12)).to(args.device)
+            rows = rng.integers(0, len(lesson), 12)
+            if len(scenes) > len(lesson):                       # half of them in company
+                rows += len(lesson) * (rng.random(12) < 0.5) * rng.integers(1, 5, 12)
+            own = torch.from_numpy(rows).to(args.device)
             other = torch.from_numpy(rng.integers(0, len(prior_ids), 4))
             batch_ids = torch.cat([ids[own], prior_ids[other.to(args.device)]])                 # [16, 77]
             means = torch.cat([mean[own], prior["mean"][other].float().to(args.device)])
@@ -619,7 +646,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=STAGES, required=True)
     parser.add_argument("--resume", action="store_true", help="continue from work/<stage>.pt")
-    parser.add_argument("--init", action="store_true", help="stages vae and unet: begin at the weights next to this file")
+    parser.add_argument("--init", action="store_true", help="begin at the weights next to this file (vae, unet, lora)")
     parser.add_argument("--decoder-only", action="store_true", help="stage vae: leave the encoder (and latents) alone")
     parser.add_argument("--steps", type=int, help="train for fewer or more steps than the stage's own number")
     parser.add_argument("--only", nargs="+", choices=LORAS, help="stage lora: train these alone")
