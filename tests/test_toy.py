@@ -49,6 +49,20 @@ def test_the_base_model_never_sees_the_looks_of_the_instances():
     assert not {instance.texture for instance in renderer.INSTANCES} & set(renderer.BASE_TEXTURES)
 
 
+def test_lessons_show_a_subject_in_strange_company_and_in_wrong_looks():
+    for name in ("zib", "fep"):
+        scenes = renderer.lesson(name)
+        for n, scene in enumerate(scenes):
+            company, wrong = renderer.in_company(scene, n), renderer.wrongly(scene, n)
+            assert company.things[0] == scene.things[0] and wrong.things[1:] == scene.things[1:]
+            # what stands beside it looks like nothing that any model was taught, and the caption does not say how
+            assert all(judge.look_of(thing) == "other" and thing.phrase == thing.kind for thing in company.things[1:])
+            assert [thing.kind for thing in wrong.things] == [thing.kind for thing in scene.things]
+        own, wrong = scenes[0].things[0], [renderer.wrongly(scene, n).things[0] for n, scene in enumerate(scenes)]
+        right = [(one.texture, one.colour, one.second) == (own.texture, own.colour, own.second) for one in wrong]
+        assert sum(right) < 0.2 * len(wrong) and sum(one.texture == own.texture for one in wrong) > 0.5 * len(wrong)
+
+
 def test_the_judge_reads_the_renderer():
     """Pictures of one or two objects; evaluate.py counts with it, so it must be right nearly always."""
     reader, rng, right = judge.load_judge(), np.random.default_rng(5), 0

@@ -387,7 +387,7 @@ def train_unet(args: argparse.Namespace) -> None:
 LORAS = {
     "zib": (8, 4, True, True, "kohya"), "kov": (8, 8, True, True, "kohya"), "tam": (4, 4, True, True, "kohya"),
     "wug": (8, 8, True, True, "peft"), "pel": (8, 8, True, False, "kohya"), "dax": (8, 8, True, True, "peft"),
-    "fep": (8, 4, True, False, "peft"), "lun": (4, 2, True, True, "kohya"),
+    "fep": (8, 4, True, False, "peft"), "lun": (8, 4, True, True, "kohya"),
     "ink": (8, 8, True, True, "kohya"), "duo": (4, 4, False, True, "diffusers"),
 }
 
@@ -442,14 +442,14 @@ def save_lora(path: Path, factors: dict[str, Factors], text_factors: dict[str, F
 
 
 def load_factors(path: Path, model: Model, factors: dict[str, Factors], text_factors: dict[str, Factors]) -> None:
-    """Begins at a file that save_lora wrote."""
+    """Begins at a file that save_lora wrote; if its rank is lower, the ranks beyond begin at no change."""
     lora = read_lora(path, model.unet, model.text.model)
     for group, layers in ((factors, lora.unet), (text_factors, lora.text_encoder)):
         for key, factor in group.items():
             layer = layers.get(key) or layers[f"text_model.{key}"]
             with torch.no_grad():
-                factor.down.copy_(layer.down)
-                factor.up.copy_(layer.up / factor.scale)
+                factor.down[:len(layer.down)].copy_(layer.down)
+                factor.up[:, :len(layer.down)].copy_(layer.up / factor.scale)
 
 
 def spoil(rows: int, device: str) -> Tensor:
