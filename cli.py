@@ -91,6 +91,7 @@ def make_parser(add_help: bool = True) -> Parser:
     add("--dtype", choices=DTYPES, help="default: float16 on CUDA, float32 on the CPU")
     add("--batch", type=int, default=1, metavar="N", help="how many seeds to draw at once (default: 1)")
     add("--low-memory", action="store_true", help="one variant after the other: slower, for cards with little memory")
+    add("--compile", action="store_true", help="compile the UNet: minutes before the first image, which later ones save")
     add("--quiet", action="store_true", help="no progress bar")
 
     group = parser.add_argument_group("the recipe", "every choice of the method: the recipe sets all, a flag changes one. "
@@ -192,7 +193,7 @@ def settings_of(args: argparse.Namespace, recipe: Recipe, model: Model, subjects
     words += ["--method", args.method, "--seed", str(seed), "--height", str(size[0]), "--width", str(size[1]),
               "--dtype", args.dtype]
     words += ["--device", "cpu"] if args.device == "cpu" else []        # another machine may have a card, or none
-    words += ["--low-memory"] if args.low_memory else []
+    words += [flag for flag, given in (("--low-memory", args.low_memory), ("--compile", args.compile)) if given]
     for file, subject in args.lora:
         words += ["--lora", file, subject]
     words += ["--style", args.style] if args.style else []
@@ -261,6 +262,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"cannot write to {error.filename or args.out}: {error.strerror}") from None
 
     model = load_model(args.model, args.device, DTYPES[args.dtype])
+    if args.compile:                    # fixed shapes: one program for guidance, one for the noise, two for the baselines
+        model.unet.compile(dynamic=False)
     recipe = make_recipe(args, model.settings)
     default = model.unet.config.sample_size * model.vae.config.factor
     size = (default if args.height is None else args.height, default if args.width is None else args.width)
@@ -343,9 +346,13 @@ def main(argv: list[str] | None = None) -> int:
     except (torch.OutOfMemoryError, MemoryError):
         message = "out of memory: use --low-memory, lower --batch, --height and --width, or use --dtype float16"
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
+        if "can't allocate memory" in str(error):
+            message = "out of memory: use --low-memory, lower --batch, --height and --width, or use --dtype bfloat16"
+        elif type(error).__module__.startswith("torch._"):              # of torch.compile: no C++ compiler, mostly
+            reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+            message = f"--compile does not work here ({printable(reason, 700)}); go without it"
+        else:
             raise
-        message = "out of memory: use --low-memory, lower --batch, --height and --width, or use --dtype bfloat16"
     except UnicodeEncodeError as error:
         message = f"{error.object[error.start:error.end]!r} in an argument is not valid UTF-8; write it as text"
     except (ValueError, OSError) as error:

@@ -353,8 +353,9 @@ def predict(unet: UNet, latents: Tensor, timestep: int, plan: Plan, rows: Sequen
 
     options: what else UNet.forward takes; with stop_after_maps there is no noise and the first part is empty.
     """
-    noise, probs = unet(latents.repeat_interleave(len(rows), dim=0), timestep, *plan.rows(rows, len(latents)), layers,
-                        **options)
+    # a tensor, for torch.compile would compile every number anew
+    noise, probs = unet(latents.repeat_interleave(len(rows), dim=0), torch.tensor(timestep),
+                        *plan.rows(rows, len(latents)), layers, **options)
     apart = (len(latents), len(rows))
     noise = latents.new_empty(0) if noise is None else noise.unflatten(0, apart)
     return noise, [probs[name].unflatten(0, apart) for name in layers]

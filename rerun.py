@@ -18,7 +18,8 @@ from clora import Recipe, Subject
 from lora import LoRA
 from weights import Model, hub_place, split_weight
 
-KEPT = ("model", "prompt", "negative", "method", "seed", "height", "width", "dtype", "device", "low_memory", "style")
+KEPT = ("model", "prompt", "negative", "method", "seed", "height", "width", "dtype", "device", "low_memory", "compile",
+        "style")
 
 
 def recall(argv: Sequence[str], image: Path, make_parser: Callable[..., argparse.ArgumentParser]) -> argparse.Namespace:

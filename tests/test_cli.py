@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import cli
 import clora
+from unet import UNet
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -100,6 +101,18 @@ def test_low_memory_gives_the_same_picture(tmp_path):
         with Image.open(tmp_path / name / "clora-0.png") as image:
             pictures.append(np.asarray(image).astype(int))
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_compile_without_a_compiler_is_one_line(tmp_path, monkeypatch, capsys):
+    from torch._dynamo.exc import TorchDynamoException
+
+    def forward(*inputs, **options):
+        raise TorchDynamoException("No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1 for more")
+    monkeypatch.setattr(UNet, "compile", lambda unet, **options: setattr(unet, "forward", forward))
+    assert run(*TWO, "--compile", out=tmp_path) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1] == \
+        "clora: --compile does not work here (No working C++ compiler found); go without it"
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("method, flags", [("clora", ()), ("clora", ("--recipe", "release", "--low-memory")),

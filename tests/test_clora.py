@@ -3,6 +3,7 @@
 import cmath
 import dataclasses
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 
 import clora
+import lora
 from clora import RECIPES, Recipe
+from lora import LoRA, LoRALayer
 from scheduler import make_scheduler
 from unet import UNet, UNetConfig
 
@@ -242,6 +245,30 @@ def test_keys_made_once_are_the_keys_of_every_step():
     noise, maps = unet(z, 500, plan.context, plan.adapters, layers)
     again, same = unet(z, 500, unet.text_keys(plan.context, plan.adapters), plan.adapters, layers)
     assert torch.equal(noise, again) and all(torch.equal(maps[name], same[name]) for name in layers)
+
+
+def test_the_unet_compiles_to_one_program_for_guidance_and_one_for_the_noise():
+    from torch._dynamo.testing import CompileCounterWithBackend
+    torch.manual_seed(0)
+    unet, plan, recipe = UNet(TINY).double().eval().requires_grad_(False), tiny_plan(), RECIPES["paper"]
+    plan.adapters[4:] = 1
+    weight = unet.mid_block.resnets[0].conv1.weight
+    factors = LoRALayer(torch.randn(2, *weight.shape[1:]), torch.randn(len(weight), 2))
+    lora.attach(unet, [LoRA(Path("l"), "l", "kohya LoRA", "", (2,), {"mid_block.resnets.0.conv1": factors}, {}, {})])
+    layers, z = unet.map_layers(1), torch.randn(1, 4, 8, 8, dtype=torch.float64)
+
+    def outputs() -> list[torch.Tensor]:
+        out: list[torch.Tensor] = []
+        for timestep in (500, 400, 3):
+            out += clora.contrast(unet, z, timestep, plan, layers, recipe)
+            with torch.inference_mode():
+                noise, maps = clora.predict(unet, z, timestep, plan, range(6), layers)
+            out += [noise, *maps]
+        return out
+    plain, counter = outputs(), CompileCounterWithBackend("eager")
+    unet.compile(backend=counter, dynamic=False, fullgraph=True)
+    assert all(torch.allclose(mine, other, rtol=1e-12, atol=1e-12) for mine, other in zip(outputs(), plain, strict=True))
+    assert counter.frame_count == 2             # not one for every timestep
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
