@@ -76,6 +76,8 @@ METHODS |= {
     "noise-before": ("clora", "paper", {"noise_from": "before"}),
     "strict-mask": ("clora", "paper", {"mask_ties": False}),
     "update-49": ("clora", "paper", {"update_until": 49}),
+    "steps-100": ("clora", "paper", {"steps": 100, "update_until": 49}),
+    "guidance-2.7": ("clora", "paper", {"guidance": 2.0 * 10 / 7.5}),       # the embedded model's 2, raised as 7.5 is to 10
 }
 
 
