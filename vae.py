@@ -57,7 +57,7 @@ def norm_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor, bands: int = 1) ->
     In several bands of rows, what lies between norm and conv exists a band at a time: equal to rounding.
     """
     if bands == 1:
-        return conv(F.silu(norm(x)))
+        return conv(F.silu(norm(x), inplace=True))              # fresh memory costs time on a CPU
     assert norm.weight is not None and norm.bias is not None
     variance, mean = torch.var_mean(x.unflatten(1, (norm.num_groups, -1)), dim=(2, 3, 4), correction=0)     # [B, G]
     scale = (variance + norm.eps).rsqrt().repeat_interleave(x.shape[1] // norm.num_groups, dim=1) * norm.weight     # [B, C]
