@@ -91,7 +91,7 @@ def make_parser(add_help: bool = True) -> Parser:
     add("--dtype", choices=DTYPES, help="default: float16 on CUDA, float32 on the CPU")
     add("--batch", type=int, default=1, metavar="N", help="how many seeds to draw at once (default: 1)")
     add("--low-memory", action="store_true", help="one variant after the other: slower, for cards with little memory")
-    add("--compile", action="store_true", help="compile the UNet: minutes before the first image, which later ones save")
+    add("--compile", action="store_true", help="torch.compile the UNet: minutes of waiting at the start; meant for CUDA")
     add("--quiet", action="store_true", help="no progress bar")
 
     group = parser.add_argument_group("the recipe", "every choice of the method: the recipe sets all, a flag changes one. "

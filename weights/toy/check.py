@@ -103,6 +103,7 @@ def check_vae(model: Model) -> None:
     rng, same, originals, total = np.random.default_rng(1002), 0, 0, 0
     taught = {instance.name for instance in renderer.INSTANCES}
     again_seen: list[bool] = []                     # for every thing that looks like an instance
+    looks, lost = Counter(), Counter()              # of all things; of those that are not seen again
     for _ in range(40):
         scenes = [scene for scene in (judge_scene(rng) for _ in range(10)) if not scene.style]
         pictures = np.stack([renderer.render(scene) for scene in scenes])
@@ -113,9 +114,13 @@ def check_vae(model: Model) -> None:
             total += 1
             same += sorted((one.kind, one.look) for one in mine) == truth
             originals += sorted((one.kind, one.look) for one in theirs) == truth
+            seen = Counter((one.kind, one.look) for one in mine)
+            looks.update(look for _, look in truth)
+            lost.update(look for _, look in (Counter(truth) - seen).elements())
             again_seen += [thing in [(one.kind, one.look) for one in mine] for thing in truth if thing[1] in taught]
     print(f"vae: the judge reads {same / total:.1%} of the reconstructions right, {originals / total:.1%} of the originals; "
-          f"it knows {np.mean(again_seen):.1%} of {len(again_seen)} things in a texture of the LoRAs again")
+          f"it knows {np.mean(again_seen):.1%} of {len(again_seen)} things in a texture of the LoRAs again; "
+          "most often lost: " + ", ".join(f"{look} ({count} of {looks[look]})" for look, count in lost.most_common(3)))
 
 
 def check_base(model: Model, count: int = 200) -> None:
