@@ -442,7 +442,8 @@ def curve(lines: list[dict], columns: list[str]) -> Image.Image:
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     points = {}
     for column in columns:
-        if done := [line for line in lines if line["column"] == column and "success" in line]:
+        once = {(line["set"], line["seed"]): line for line in lines if line["column"] == column and "success" in line}
+        if done := list(once.values()):                 # two processes may have made the same image
             success, groups = (np.array([float(line[key]) for line in done]) for key in ("success", "set"))
             points[column] = float(np.median([line["seconds"] for line in done])), bootstrap(success, groups)
     most = 1.3 * max((seconds for seconds, _ in points.values()), default=1.0)

@@ -177,3 +177,10 @@ def test_table_pairs_every_method_with_merge_and_clora():
     assert clora[2].startswith("80% (") and clora[3].startswith("+50% (") and not clora[4].strip()
     assert merge[2].startswith("50% (") and not merge[3].strip() and merge[4].startswith("-50% (")
     assert "clora's" not in evaluate.table([line for line in lines if line["column"] == "merge"], ["merge"])
+
+
+def test_an_image_made_twice_counts_once_in_the_curve():
+    lines = [{"column": column, "set": number, "seed": 0, "seconds": 1.0 + number, "success": number == 0}
+             for column in ("clora", "merge") for number in range(3)]
+    once, twice = (np.asarray(evaluate.curve(some, ["clora", "merge"])) for some in (lines, lines + lines[:1]))
+    assert (once == twice).all()
