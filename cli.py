@@ -25,6 +25,9 @@ from lora import LoRA
 from weights import Model, find_lora, load_model, split_weight
 from weights.lora import describe, printable, read_lora, trigger_words
 
+# Left alone, MKL with several threads on an Intel CPU may add up in another order every time. It reads this at its
+# first call.
+os.environ.setdefault("MKL_CBWR", "AUTO")
 # as seen from where the user is: the path goes into the images' settings
 TOY = Path(os.path.relpath(Path(__file__).resolve().parent / "weights" / "toy"))
 DEMO = {"prompt": "a ball and a ring on the grass",

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+import cli  # noqa: F401  before anything is computed: it asks MKL for the same bytes every time
 from unet import UNet, UNetConfig
 
 TINY_UNET = UNetConfig(block_out_channels=(32, 64), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",) * 2,
