@@ -265,7 +265,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"cannot write to {error.filename or args.out}: {error.strerror}") from None
 
     model = load_model(args.model, args.device, DTYPES[args.dtype])
-    if args.compile:                    # fixed shapes: one program for guidance, one for the noise, two for the baselines
+    if args.compile:                    # fixed shapes: one program for guidance and one for the noise
         model.unet.compile(dynamic=False)
     recipe = make_recipe(args, model.settings)
     default = model.unet.config.sample_size * model.vae.config.factor

@@ -385,15 +385,18 @@ FIGURES = (("success", "success", "{:.0%}"), ("a subject is missing", "missing",
            ("DINO avg", "dino_avg", "{:.3f}"), ("DINO max", "dino_max", "{:.3f}"), ("CLIP", "clip", "{:.3f}"))
 
 
+def by_image(lines: list[dict], columns: list[str]) -> dict[str, dict[tuple[int, int], dict]]:
+    """{column: {(set, seed): line}} without failures; an image that two processes made counts once."""
+    return {column: {(line["set"], line["seed"]): line for line in lines if line["column"] == column and "error" not in line}
+            for column in columns}
+
+
 def table(lines: list[dict], columns: list[str]) -> str:
     """Markdown: a row per method; figures with their 95 % interval, the first one's paired difference to merge and clora."""
     present = [figure for figure in FIGURES if any(figure[1] in line for line in lines)]
     if not present:
         return "no image was made"
-    by: dict[str, dict] = {column: {} for column in columns}
-    for line in lines:
-        if "error" not in line:
-            by[line["column"]][line["set"], line["seed"]] = line
+    by = by_image(lines, columns)
     first, key, form = present[0]
     others = [other for other in ("merge", "clora") if other == "merge" or other in columns]
     headings = ["method", "images", *(name for name, _, _ in present), *(f"{first} less {other}'s" for other in others),
@@ -441,9 +444,8 @@ def curve(lines: list[dict], columns: list[str]) -> Image.Image:
     sheet = Image.new("RGB", (width, height), (255, 255, 255))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     points = {}
-    for column in columns:
-        once = {(line["set"], line["seed"]): line for line in lines if line["column"] == column and "success" in line}
-        if done := list(once.values()):                 # two processes may have made the same image
+    for column, made in by_image(lines, columns).items():
+        if done := [line for line in made.values() if "success" in line]:
             success, groups = (np.array([float(line[key]) for line in done]) for key in ("success", "set"))
             points[column] = float(np.median([line["seconds"] for line in done])), bootstrap(success, groups)
     most = 1.3 * max((seconds for seconds, _ in points.values()), default=1.0)
