@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import io
 import os
 import re
 import shlex
@@ -93,8 +94,10 @@ def make_parser(add_help: bool = True) -> Parser:
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", choices=DTYPES, help="default: float16 on CUDA, float32 on the CPU")
     add("--batch", type=int, default=1, metavar="N", help="how many seeds to draw at once (default: 1)")
-    add("--low-memory", action="store_true", help="one variant after the other: slower, for cards with little memory")
-    add("--compile", action="store_true", help="torch.compile the UNet: minutes of waiting at the start; meant for CUDA")
+    add("--low-memory", action=argparse.BooleanOptionalAction, default=False,
+        help="one variant after the other: slower, for cards with little memory")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False,
+        help="torch.compile the UNet: minutes of waiting at the start; meant for CUDA")
     add("--quiet", action="store_true", help="no progress bar")
 
     group = parser.add_argument_group("the recipe", "every choice of the method: the recipe sets all, a flag changes one. "
@@ -112,7 +115,7 @@ def make_parser(add_help: bool = True) -> Parser:
             options["choices"] = CHOICES.get(field.name)
             options["metavar"] = None if options["choices"] else {float: "X", str: "X"}.get(type(default), "N")
         group.add_argument(flag, **options)
-    parser.set_defaults(recorded={})                        # a recipe's values as the image of --from has them
+    parser.set_defaults(recorded={}, given=set())                        # a recipe's values as the image of --from has them
     return parser
 
 
@@ -177,8 +180,10 @@ def read_subjects(args: argparse.Namespace, model: Model) -> tuple[list[Subject]
             raise ValueError(f"--lora {file} {words!r} names no subject; write it as \"cat=sks cat\"")
         subject = Subject(read_lora(find_lora(path), model.unet, model.text.model), word, trigger or word, weight)
         subjects.append(subject)
-        known = next(iter(trigger_words(subject.lora.metadata)), "")
-        if subject.trigger.lower() == word.lower() and known and known.lower() not in args.prompt.lower():
+        noted = trigger_words(subject.lora.metadata)
+        known = next((one for one in noted if word.lower() in one.lower().split()), next(iter(noted), ""))
+        said = re.search(rf"(?<!\w){re.escape(known)}(?!\w)", args.prompt, re.IGNORECASE)
+        if subject.trigger.lower() == word.lower() and known and not said:
             phrase = known if word.lower() in known.lower().split() else f"{known} {word}"
             print(f'clora: hint: {file} suggests the trigger "{known}"; write "{word}={phrase}" to use it', file=sys.stderr)
     if args.style is None:
@@ -187,10 +192,17 @@ def read_subjects(args: argparse.Namespace, model: Model) -> tuple[list[Subject]
     return subjects, (read_lora(find_lora(path), model.unet, model.text.model), 1.0 if weight is None else weight)
 
 
+def from_repository(name: str) -> str:
+    """A file of the repository as seen from there, where the command of an image is run; any other as the user wrote it."""
+    path = Path(os.path.abspath(name))
+    inside = os.path.lexists(split_weight(str(path))[0]) and path.is_relative_to(TOY.resolve().parents[1])
+    return str(path.relative_to(TOY.resolve().parents[1])) if inside else name
+
+
 def settings_of(args: argparse.Namespace, recipe: Recipe, model: Model, subjects: list[Subject],
                 style: tuple[LoRA, float] | None, seed: int, size: tuple[int, int]) -> dict:
     """What an image carries: all that it takes to make it again, as a command and in parts."""
-    words = ["--model", args.model]
+    words = ["--model", from_repository(args.model)]
     for flag, text in (("--prompt", args.prompt), ("--negative", args.negative)):
         words += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
     words += ["--method", args.method, "--seed", str(seed), "--height", str(size[0]), "--width", str(size[1]),
@@ -198,8 +210,8 @@ def settings_of(args: argparse.Namespace, recipe: Recipe, model: Model, subjects
     words += ["--device", "cpu"] if args.device == "cpu" else []        # another machine may have a card, or none
     words += [flag for flag, given in (("--low-memory", args.low_memory), ("--compile", args.compile)) if given]
     for file, subject in args.lora:
-        words += ["--lora", file, subject]
-    words += ["--style", args.style] if args.style else []
+        words += ["--lora", from_repository(file), subject]
+    words += ["--style", from_repository(args.style)] if args.style else []
     words += ["--recipe", args.recipe]
     for field in dataclasses.fields(Recipe):
         value, flag = getattr(recipe, field.name), "--" + field.name.replace("_", "-")
@@ -209,7 +221,7 @@ def settings_of(args: argparse.Namespace, recipe: Recipe, model: Model, subjects
             words.append(f"{flag}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
     return {"prompt": args.prompt, "negative": args.negative, "seed": str(seed), "method": args.method,
             "recipe": {"name": args.recipe, **dataclasses.asdict(recipe)},
-            "model": {"name": args.model, "hash": model.hash()},
+            "model": {"name": from_repository(args.model), "hash": model.hash()},
             "loras": [{"file": s.lora.path.name, "sha256": s.lora.sha256, "subject": s.word, "trigger": s.trigger,
                        "weight": s.weight} for s in subjects],
             "style": None if style is None else {"file": style[0].path.name, "sha256": style[0].sha256, "weight": style[1]},
@@ -252,17 +264,23 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--device {args.device} is not known; use cpu or cuda")
     check_device(args.device)
     args.dtype = args.dtype or ("float16" if args.device.startswith("cuda") else "float32")
-    out = Path(args.out)
+    out, place = Path(args.out), args.out
     try:                                                    # say so now, not after the first image
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
         trace = Path(args.trace) if args.trace else None
+        place = args.trace
         if trace is not None:
+            if trace.suffix != ".safetensors":
+                raise ValueError(f"--trace {trace} must end in .safetensors")
             if trace.exists() and not trace.is_file():
                 raise ValueError(f"--trace {trace} is a folder or a device; name a file")
+            if trace.exists() and any(Path(split_weight(file)[0]).exists() and trace.samefile(split_weight(file)[0])
+                                      for file in filter(None, [args.model, args.style, *(file for file, _ in args.lora)])):
+                raise ValueError(f"--trace {trace} would replace a file that is read; name another")
             tempfile.TemporaryFile(dir=trace.parent).close()
     except OSError as error:
-        raise ValueError(f"cannot write to {error.filename or args.out}: {error.strerror}") from None
+        raise ValueError(f"cannot write to {place}: {error.strerror}") from None
 
     model = load_model(args.model, args.device, DTYPES[args.dtype])
     if args.compile:                    # fixed shapes: one program for guidance and one for the noise
@@ -305,8 +323,9 @@ def run(args: argparse.Namespace) -> None:
             report.save_picture(path, pictures[args.method], settings)
             print(path)
             if trace is not None:
-                report.save_trace(trace if len(seeds) == 1 else trace.with_stem(f"{trace.stem}-{seed}"),
-                                  [step.picture(b) for step in steps])
+                path = trace if len(seeds) == 1 else trace.with_stem(f"{trace.stem}-{seed}")
+                report.save_trace(path, [step.picture(b) for step in steps])
+                print(path)
             if panel:
                 names = [subject.trigger for subject in subjects]
                 path = out / f"{args.method}-{seed}-panel.png"
@@ -340,10 +359,15 @@ def main(argv: list[str] | None = None) -> int:
     """-> exit code: 0 when every image was made, 2 for bad input, 130 when interrupted."""
     try:
         argv = sys.argv[1:] if argv is None else argv
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):        # a terminal without the letters of a file's name
+                stream.reconfigure(errors="backslashreplace")
         " ".join(argv).encode()                 # what is no text cannot be written into a picture
         args = make_parser().parse_args(argv)
         if args.inspect:
-            return inspect_files(args.inspect)
+            code = inspect_files(args.inspect)
+            sys.stdout.flush()
+            return code
         run(rerun.recall(argv, Path(args.source), make_parser) if args.source else args)
         return 0
     except (torch.OutOfMemoryError, MemoryError):
@@ -356,6 +380,9 @@ def main(argv: list[str] | None = None) -> int:
             message = f"--compile does not work here ({printable(reason, 700)}); go without it"
         else:
             raise
+    except BrokenPipeError:                     # `| head`: whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except UnicodeEncodeError as error:
         message = f"{error.object[error.start:error.end]!r} in an argument is not valid UTF-8; write it as text"
     except (ValueError, OSError) as error:

@@ -29,17 +29,24 @@ COLOURS = ((230, 60, 50), (40, 110, 230), (40, 170, 90), (240, 170, 30),
 
 @contextlib.contextmanager
 def in_place(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; moved onto it when the block ends without an error."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
+    """A temporary path beside `path` to write to; moved onto it when the block ends without an error.
+
+    OSError, with the name of `path` and not the temporary one: the folder or the disk does not allow it.
+    """
+    name = ""
     try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+        os.close(handle)
         yield Path(name)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)      # mkstemp makes private files; results are the user's to share
         os.replace(name, path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        Path(name).unlink(missing_ok=True)
+        if name:
+            Path(name).unlink(missing_ok=True)
 
 
 def save_picture(path: Path, picture: np.ndarray, settings: dict) -> None:

@@ -25,7 +25,8 @@ KEPT = ("model", "prompt", "negative", "method", "seed", "height", "width", "dty
 def recall(argv: Sequence[str], image: Path, make_parser: Callable[..., argparse.ArgumentParser]) -> argparse.Namespace:
     """The arguments that made an image, with those of argv on top.
 
-    Beside what argv gives: `recorded` has the recipe's values (none if argv names another --recipe), `chunks` the settings.
+    Beside what argv gives: `recorded` has the recipe's values (none if argv names another --recipe), `chunks` the settings,
+    `given` what argv puts in the place of the image's files: "model", "style" and words of subjects.
     A --lora of argv takes the place of the image's for the same word. ValueError: settings that cannot be used.
     """
     chunks = report.load_settings(image)
@@ -42,6 +43,8 @@ def recall(argv: Sequence[str], image: Path, make_parser: Callable[..., argparse
     kept = {name: getattr(then, name) for name in KEPT}
     args = make_parser().parse_args(argv, argparse.Namespace(**kept, recipe=None, lora=None))
     args.chunks, args.recorded = chunks, {}
+    args.given = {name for name in ("model", "style") if getattr(args, name) != kept[name]}
+    args.given |= {word_of(words) for _, words in args.lora or []}
     if args.recipe is None:
         fields = [field.name for field in dataclasses.fields(Recipe)]
         args.recipe = then.recipe
@@ -83,16 +86,19 @@ def hashes_of(chunks: dict[str, str]) -> dict[str, str]:
     try:
         model, loras, style = (json.loads(chunks.get(key, "null")) for key in ("model", "loras", "style"))
         hashes = {"model": model["hash"], **{one["subject"].lower(): one["sha256"] for one in loras}}
-        return hashes if style is None else {**hashes, "style": style["sha256"]}
+        hashes |= {} if style is None else {"style": style["sha256"]}
+        if not all(isinstance(one, str) for one in hashes.values()):
+            raise TypeError
+        return hashes
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError("they are damaged") from None
 
 
 def changed_files(args: argparse.Namespace, model: Model, subjects: Sequence[Subject], style: tuple[LoRA, float] | None
                   ) -> list[str]:
-    """A line for every file that is not what the image was made with."""
+    """A line for every file that is not what the image was made with, but for what the flags put in its place."""
     now = {"model": (args.model, model.hash()), **{s.word.lower(): (s.lora.path, s.lora.sha256) for s in subjects}}
     if style is not None:
         now["style"] = style[0].path, style[0].sha256
     return [f"{now[key][0]} is not what {args.source} was made with (hash {now[key][1][:8]}, then {then[:8]})"
-            for key, then in hashes_of(args.chunks).items() if key in now and now[key][1] != then]
+            for key, then in hashes_of(args.chunks).items() if key in now and key not in args.given and now[key][1] != then]

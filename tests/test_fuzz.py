@@ -493,7 +493,8 @@ FLAGS = {
         "/proc/self/environ"),
     "lora": ("", ".", "/dev/null", "/proc/self/mem", "x" * 5000, "\x00", ":", ":1", "a:b:c", "\udce9", "🐈.safetensors",
         "a\nb"),
-    "style": ("", "/dev/null", "x" * 300, "\x00", "a\nb", ":0.5"), "trace": ("/", "/proc/self/x", "/nowhere/x", "."),
+    "style": ("", "/dev/null", "x" * 300, "\x00", "a\nb", ":0.5"),
+    "trace": ("/", "/proc/self/x.safetensors", "/nowhere/x.safetensors", ".", "x.png"),
     "nonsense": ("1",), "no\nsense": ("",), "": ("",)}
 WEIGHTS = ("nan", "inf", "1e999", "9" * 400, "99999", "-99999", "", "x", "0x1", "1:2")
 WORDS = ("", "=", "=cat", "cat=", "cat=dog", "dog=cat", "cat=\n", "🐈=🐈", "fox", "cat=" + "very " * 10_000,

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 import struct
 from pathlib import Path
 
@@ -108,6 +109,9 @@ FORMATS = {
     "kohya te1": (ATTENTION, lambda n: f"lora_unet_{flat(n)}.lora_down.weight",
                   lambda n: f"lora_te1_{flat(n)}.lora_down.weight"),
     "kohya ldm": (LDM, lambda n: f"lora_unet_{LDM[n]}.lora_down.weight", lambda n: f"lora_te_{flat(n)}.lora_down.weight"),
+    "peft ldm": (LDM, lambda n: f"diffusion_model.{re.sub(r'(?<=[a-z])_(?=[0-9])|(?<=[0-9])_', '.', LDM[n])}.lora_A.weight",
+                 lambda n: f"text_encoder.{n}.lora_A.weight"),
+    "kohya with dots": (LDM, lambda n: f"lora_unet.{n}.lora_down.weight", lambda n: f"lora_te.{n}.lora_down.weight"),
     "diffusers old": (ATTENTION, lambda n: f"unet.{ATTENTION[n]}_lora.down.weight",
                       lambda n: f"text_encoder.{n.replace('_proj', '').replace('attn.', 'attn.to_')}_lora.down.weight"
                       if "attn" in n else f"text_encoder.{n}.lora_linear_layer.down.weight"),
@@ -520,6 +524,19 @@ BAD_FILES = {
                        ["5 of 7 keys match nothing", "nowhere_0.lora_down.weight, ", "nowhere_2.lora_down.weight, ..."]),
     "an unknown part": (pair() | {f"{Q}.lora_left.weight": torch.ones(1)}, ["1 of 3 keys match nothing", f"{Q}.lora_left"]),
     "OFT": ({f"{Q}.oft_blocks": torch.ones(4, 16, 16), f"{Q}.alpha": torch.tensor(1.0)}, ["holds OFT", f"{Q}.oft_blocks"]),
+    "OFT alone, PEFT": ({f"unet.{LINEAR}.oft_R.weight": torch.ones(4, 120)}, ["holds OFT", "oft_R"]),
+    "OFT with dashes": ({f"{Q}.oft_diag": torch.ones(4)}, ["holds OFT"]),
+    "IA3 alone": ({f"{K2}.weight": torch.ones(64), f"{K2}.on_input": torch.tensor(False)}, ["holds IA3", "on_input"]),
+    "IA3 alone, PEFT": ({f"unet.{LINEAR}.ia3_l": torch.ones(64, 1)}, ["holds IA3", "ia3_l"]),
+    "VeRA alone": ({f"unet.{LINEAR}.vera_lambda_b": torch.ones(64)}, ["holds VeRA"]),
+    "differences alone": ({f"{K2}.diff": torch.ones(64, 32)}, ["holds differences of layers"]),
+    "a name of its own": ({f"unet.{LINEAR}.lora_{x}.cat.weight": torch.ones(4, 4) for x in "AB"}, ["PEFT adapter", "A.cat"]),
+    "a scalar": (pair() | {f"{Q}.scalar": torch.tensor(1.0)}, ["holds LyCORIS' scalar", f"{Q}.scalar"]),
+    "motion": (pair() | pair("lora_unet_down_blocks_0_motion_modules_0_proj_in"), ["AnimateDiff"]),
+    "the VAE": (pair() | pair("lora_vae_decoder_conv_in"), ["layers of the VAE", "lora_vae"]),
+    "SDXL's size": (pair() | pair("lora_unet_add_embedding_linear_1"), ["SDXL"]),
+    "an embedding beside": (pair() | {"bundle_emb.cat.clip_l": torch.ones(2, 8)}, ["holds embeddings"]),
+    "Wan": (pair("diffusion_model.blocks.0.self_attn.q"), ["a transformer model"]),
     "OFT, PEFT": (pair() | {f"unet.{LINEAR}.oft_R.weight": torch.ones(4, 120)}, ["holds OFT", "oft_R"]),
     "OFT, kohya": (pair() | {f"oft_unet_{flat(LINEAR)}.oft_blocks": torch.ones(4, 16, 16)}, ["holds OFT", "oft_unet"]),
     "IA3": (pair() | {f"{K2}.weight": torch.ones(64), f"{K2}.on_input": torch.tensor(False)},

@@ -110,6 +110,27 @@ def test_changed_files_are_noticed(user, capsys):
         assert name in line and then[:8] in line and "out/clora-3.png" in line
 
 
+@pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "unet/config.json",
+                                  "scheduler/scheduler_config.json", "tokenizer/vocab.json"])
+def test_a_changed_file_of_the_model_is_noticed(file, user, capsys):
+    path = Path("model") / file
+    content = path.read_bytes()
+    middle = len(content) // 2
+    swapped = content[middle:middle + 1].translate(bytes(range(1, 256)) + b"\0")
+    path.write_bytes(content[:middle] + swapped + content[middle + 1:] if path.suffix == ".safetensors" else content + b"\n")
+    assert again() == 0
+    assert "warning: model is not what out/clora-3.png was made with" in capsys.readouterr().err
+
+
+def test_what_the_flags_replace_is_no_change(user, capsys):
+    shutil.copy("style_peft.safetensors", "other.safetensors")
+    assert again("--lora", "other.safetensors", "cat=sks cat") == 0 and capsys.readouterr().err == ""
+
+
+def test_low_memory_can_be_taken_away(user):
+    assert recalled().low_memory and not recalled("--no-low-memory").low_memory
+
+
 def test_missing_and_moved_files(user, capsys):
     Path("cat_peft.safetensors").rename("moved.safetensors")
     assert again() == 2
@@ -145,6 +166,9 @@ COMMAND = "python clora.py --prompt 'a cat' --method base"
     ({"command": COMMAND}, "damaged"), ({"command": COMMAND, **GOOD, "loras": "{"}, "damaged"),
     ({"command": COMMAND, **GOOD, "loras": "[" * 100_000}, "damaged"),
     ({"command": COMMAND, **GOOD, "loras": "[1]"}, "damaged"),
+    ({"command": COMMAND, **GOOD, "model": '{"hash": 5}'}, "damaged"),
+    ({"command": COMMAND, **GOOD, "loras": '[{"subject": "cat", "sha256": null}]'}, "damaged"),
+    ({"command": COMMAND, **GOOD, "loras": "3"}, "damaged"),
     ({"command": COMMAND, **GOOD, "model": "[]"}, "damaged"), ({"command": COMMAND, **GOOD, "style": "7"}, "damaged"),
     ({"command": COMMAND + " x" * 2 * 10**6}, "too large"), ({"command": COMMAND, "x": "y" * 10**7}, "too large")])
 def test_bad_settings_are_one_line(chunks, word, tmp_path, capsys):
@@ -241,6 +265,7 @@ def test_describe_other_models_and_formats(tensors, expected, tmp_path):
 @pytest.mark.parametrize("metadata, expected", [
     ({}, []), ({"modelspec.trigger_phrase": "sks cat, in snow"}, ["sks cat"]),
     ({"ss_tag_frequency": json.dumps(TAGS), "modelspec.trigger_phrase": "sks"}, ["sks", "snow", "cat"]),
+    ({"ss_output_name": "sks"}, ["sks"]), ({"ss_output_name": "x", "ss_tag_frequency": '{"10_sks cat": {}}'}, ["sks cat"]),
     ({"ss_tag_frequency": "{"}, []), ({"ss_tag_frequency": "[1]"}, []), ({"ss_tag_frequency": '{"a": [1]}'}, []),
     ({"ss_tag_frequency": '{"a": {"b": "c", "d": 1}}'}, ["d"]), ({"ss_tag_frequency": "[" * 100_000}, []),
     ({"ss_tag_frequency": '{"a": {"b": 9' + "9" * 5000 + "}}"}, []),
@@ -248,6 +273,14 @@ def test_describe_other_models_and_formats(tensors, expected, tmp_path):
     ({"modelspec.trigger_phrase": "x" * 10**7}, ["x" * 56 + " ..."])])
 def test_trigger_words(metadata, expected):
     assert trigger_words(metadata) == expected
+
+
+def test_the_tag_with_the_subjects_word_is_suggested(user, capsys):
+    tags = {"10_x": {"1girl": 20, "solo": 18, "sks cat": 12, "all": 3}}
+    save_file(load_file("cat_peft.safetensors"), "cat.safetensors", {"ss_tag_frequency": json.dumps(tags)})
+    assert cli.main(["--model", "model", "--height", "64", "--width", "64", "--steps", "1", "--update-until", "-1",
+                     "--quiet", "--prompt", "a cat", "--lora", "cat.safetensors", "cat"]) == 0
+    assert 'write "cat=sks cat"' in capsys.readouterr().err
 
 
 def test_inspect_goes_on_after_a_bad_file(tmp_path, capsys):
@@ -268,5 +301,7 @@ def test_a_missing_trigger_is_suggested(words, hint, user, capsys):
     assert cli.main([*flags, "--prompt", "a cat", "--lora", "cat.safetensors", words]) == 0
     assert (hint in capsys.readouterr().err) if hint else capsys.readouterr().err == ""
     if hint:
+        assert cli.main([*flags, "--prompt", "a zibzib cat", "--lora", "cat.safetensors", words]) == 0
+        assert hint in capsys.readouterr().err
         assert cli.main([*flags, "--prompt", "a zib cat", "--lora", "cat.safetensors", words]) == 0
         assert capsys.readouterr().err == ""

@@ -1,8 +1,10 @@
 """Loading models: folders, single files, the hub, and everything that can be wrong with them."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,6 +60,14 @@ def test_weights_are_mapped_not_copied(folder):
         pytest.skip("needs /proc to see mapped files")
     spans = [line.split()[0].split("-") for line in maps.read_text().splitlines() if str(path) in line]
     assert any(int(a, 16) <= before.data_ptr() < int(b, 16) for a, b in spans)
+
+
+def test_the_hash_of_a_single_file_is_its_own():
+    """As Civitai and A1111 show it."""
+    path = GOLDEN / "unet/diffusion_pytorch_model.safetensors"
+    model = load_model(GOLDEN)
+    model.files = [path]
+    assert model.hash() == hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def test_the_hash_follows_the_weights(folder):
@@ -225,6 +235,11 @@ REPO = ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.sa
         "safety_checker/config.json", "tokenizer/vocab.json", "tokenizer/merges.txt", "scheduler/scheduler_config.json"]
 
 
+def listing(names: list[str]) -> SimpleNamespace:
+    """What the hub tells of a repository, as far as we ask."""
+    return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+
+
 @pytest.mark.parametrize("dtype, mark", [(torch.float32, ""), (torch.float16, ".fp16"), (torch.bfloat16, ".fp16")])
 def test_only_the_files_that_are_used_are_fetched(dtype, mark, monkeypatch):
     import fnmatch
@@ -235,7 +250,7 @@ def test_only_the_files_that_are_used_are_fetched(dtype, mark, monkeypatch):
     def download(repo, allow_patterns, local_files_only):
         asked[repo] = [name for name in REPO if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns)]
         return str(GOLDEN)
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo: REPO)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda api, repo, **_: listing(REPO))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     load_model("stable-diffusion-v1-5/stable-diffusion-v1-5", dtype=dtype)
     assert sorted(asked["stable-diffusion-v1-5/stable-diffusion-v1-5"]) == [
@@ -250,7 +265,7 @@ def test_the_hub_out_of_reach(monkeypatch):
 
     def fail(*_, **__):
         raise OSError("no route to host")
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", fail)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     assert "someone/some-model" in refused("someone/some-model")
 
@@ -308,7 +323,8 @@ def test_a_file_wins_over_the_hub(offline):
     Path("someone").mkdir()
     shutil.copy(CAT, "someone/cats")
     assert find_lora("someone/cats") == Path("someone/cats")
-    for name in ("someone/cat.safetensors", "cat", "a/b/c", "x.safetensors", "someone/cat.pt"):        # paths, if wrong ones
+    for name in ("someone/cat.safetensors", "cat", "a/b/c", "x.safetensors", "someone/cat.pt",  # paths, if wrong ones
+                 "someone/cat.safetensor"):
         assert find_lora(name) == Path(name)
 
 
@@ -323,7 +339,7 @@ def test_a_lora_on_the_hub(tmp_path, monkeypatch):
             shutil.copy(CAT, tmp_path / name)
         return str(tmp_path)
     files = ["README.md", "a.safetensors", "b.safetensors", "b.bin"]
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo: files)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda api, repo, **_: listing(files))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert "a.safetensors, b.safetensors" in not_found("someone/cats") and not asked
     assert "no file c.safetensors" in not_found("someone/cats:c.safetensors") and not asked

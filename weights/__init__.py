@@ -52,8 +52,9 @@ class Model:
     text: TextEncoder
     scheduler_config: dict
     name: str                                               # as the caller wrote it
-    files: list[Path]                                       # the weight files it was read from
+    files: list[Path]                                       # every file it was read from
     settings: dict = field(default_factory=dict)            # the folder's clora.json: map_level, recipe
+    _hash: str = ""
 
     @property
     def map_level(self) -> int:
@@ -61,16 +62,14 @@ class Model:
         return self.settings.get("map_level", 2)
 
     def hash(self) -> str:
-        """16 hex digits that change with the weights: of each file its size, its first and its last MiB."""
-        digest = hashlib.sha256()
-        for path in sorted(self.files, key=lambda path: path.name):
-            size = path.stat().st_size
-            digest.update(str(size).encode())
-            with open(path, "rb") as file:
-                digest.update(file.read(2 ** 20))
-                file.seek(max(0, size - 2 ** 20))
-                digest.update(file.read())
-        return digest.hexdigest()[:16]
+        """16 hex digits that change with any of its files. A single file's are the first of its SHA-256, as on Civitai."""
+        if not self._hash:                                  # gigabytes: read once
+            digests = []
+            for path in self.files:
+                with open(path, "rb") as file:
+                    digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+            self._hash = (digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest())[:16]
+        return self._hash
 
 
 def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
@@ -116,6 +115,9 @@ def _load_folder(folder: Path, name: str, device: str, dtype: torch.dtype) -> Mo
     level = settings.get("map_level", 2)
     if type(level) is not int or not 0 <= level < len(unet.down_blocks) or not unet.map_layers(level):
         raise ValueError(f"{folder / 'clora.json'}: this UNet has no maps at map_level {level!r}")
+    beside = ["unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json",
+              "clora.json", *(f"tokenizer/{file}" for file in TOKENIZER_FILES)]
+    files += [folder / file for file in beside if (folder / file).is_file()]
     return Model(unet, vae, _text_encoder(folder / "tokenizer", text),
                  _read_json(folder / "scheduler/scheduler_config.json"), name, files, settings)
 
@@ -240,8 +242,10 @@ def find_lora(source: str | Path) -> Path:
         candidates = sorted(file for file in names if file.endswith(".safetensors"))
         usual = "pytorch_lora_weights.safetensors"
         if usual not in candidates and len(candidates) != 1:
-            several = f"has several LoRAs: {', '.join(candidates[:9])}{' ...' if len(candidates) > 9 else ''}; name one"
-            raise ValueError(f"{repo} {several if candidates else 'has no .safetensors file'} as {repo}:FILE.safetensors")
+            if not candidates:
+                raise ValueError(f"{repo} has no .safetensors file; name a repository of a LoRA")
+            several = ", ".join(candidates[:9]) + (" ..." if len(candidates) > 9 else "")
+            raise ValueError(f"{repo} has several LoRAs: {several}; name one as {repo}:FILE.safetensors")
         name = usual if usual in candidates else candidates[0]
     elif present is not None and name not in present:
         raise ValueError(f"{repo} has no file {name}; there are "
@@ -253,18 +257,20 @@ def find_lora(source: str | Path) -> Path:
 
 
 def hub_place(source: str | Path) -> tuple[str, str | None] | None:
-    """("user/repo", file or None) if that is what `source` means and not a path."""
+    """("user/repo", file or None) if that is what `source` means and not a path, mistyped ones included."""
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::(.+))?", str(source))
     if Path(source).exists() or match is None or (match[2] is None and Path(source).suffix in LORA_ENDINGS):
+        return None
+    if match[2] is None and Path(source).suffix and Path(source).parent.is_dir():           # loras/cat.safetensor
         return None
     return match[1], match[2]
 
 
 def _list(repo: str) -> set[str] | None:
     """The files of a hub repository, or None where the hub does not tell: then whatever an earlier call fetched counts."""
-    from huggingface_hub import list_repo_files
+    from huggingface_hub import HfApi
     try:
-        return set(list_repo_files(repo))
+        return {file.rfilename for file in HfApi().model_info(repo, timeout=10).siblings or ()}
     except Exception:
         return None
 

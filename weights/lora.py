@@ -53,9 +53,8 @@ def read_lora(path: str | Path, unet: nn.Module, text_encoder: nn.Module | None 
             raise file.error(f"{key} has shape {list(file.shapes[key])}; the file is damaged, download it again")
     if unknown:
         listed = f"{', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}"
-        kind = next((what for pattern, what in UNSUPPORTED.items() if re.search(pattern, "\n".join(unknown), re.M)), "")
-        if kind and not _guess(FAMILIES, file.shapes):
-            raise file.error(f"holds {kind}, which is not supported ({listed}); use a LoRA, LoCon, LoHa, LoKr or DoRA")
+        if (kind := unsupported(unknown)) and not _guess(FAMILIES, file.shapes):
+            raise file.error(f"holds {kind}, which is not supported ({listed}); {SUPPORTED}")
         raise file.mismatch(f"{len(unknown)} of {len(file.shapes)} keys match nothing in this model: {listed}")
     layers: dict[str, dict[str, LoRALayer]] = {"unet": {}, "text_encoder": {}}
     for (half, name), parts in groups.items():
@@ -66,14 +65,16 @@ def read_lora(path: str | Path, unet: nn.Module, text_encoder: nn.Module | None 
 
 
 KEY = re.compile(
-    r"(?:base_model\.model\.)?(?P<half>lora_unet_|unet\.|lora_te1?_|text_encoder\.)?(?:base_model\.model\.)?(?P<layer>.+?)"
+    r"(?:base_model\.model\.)?(?P<half>lora_unet[_.]|unet\.|diffusion_model\.|lora_te1?[_.]|text_encoder\.)?"
+    r"(?:base_model\.model\.)?(?P<layer>.+?)"
     r"(?:(?:[._]lora|\.lora_linear_layer)[._](?P<lora>down|up|mid|A|B|alpha|magnitude_vector)"
     r"|\.(?P<other>alpha|dora_scale|(?:hada|lokr)_(?:w[12](?:_[ab])?|t[12])))(?:\.default)?(?:\.weight)?")
 KINDS = {"hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "magnitude": "DoRA"}
 PARTS = {"A": "down", "B": "up", "magnitude_vector": "magnitude"}
 # What keys and shapes, one "key [shape]" a line, give away about the model that a file is for
 FAMILIES = {
-    r"double_blocks|single_blocks|joint_blocks|single_transformer|^transformer\.|^lora_transformer|^diffusion_model\.":
+    r"double_blocks|single_blocks|joint_blocks|single_transformer|^transformer\.|^lora_transformer"
+    r"|^diffusion_model\.(?!input_blocks|middle_block|output_blocks|out\.|time_embed)":
         "a transformer model (Flux, SD 3 or similar)",
     r"lora_te2_|text_encoder_2\.|attentions.\d.transformer_blocks.[1-9]|put_blocks.\d.1.transformer_blocks.[1-9]"
     r"|attn2.*to_k.* \[\d+, 2048": "SDXL",
@@ -84,9 +85,18 @@ NOT_A_LORA = {r"model\.diffusion_model|first_stage_model|down_blocks|encoder\.|^
 
 # What LoRA files may hold beside, by their keys
 UNSUPPORTED = {
-    r"oft_|boft": "OFT", r"\.on_input$": "IA3", r"\.[ab][12](\.weight)?$": "GLoRA", r"\.diff$": "differences of layers",
+    r"oft_|boft": "OFT", r"\.on_input$|ia3_": "IA3", r"\.[ab][12](\.weight)?$": "GLoRA", r"\.diff$": "differences of layers",
     r"\.(diff_b|bias)$": "differences of biases", r"\.[wb]_norm$": "differences of norms", r"vera_": "VeRA", r"hra_": "HRA",
-    r"embedding|string_to_param": "embeddings"}
+    r"lora_[AB]\.(?!default\.)[^.]+\.weight$": "a PEFT adapter under a name of its own", r"\.scalar$": "LyCORIS' scalar",
+    r"motion_modules": "motion modules (AnimateDiff)", r"lora_vae": "layers of the VAE",
+    r"add_embedding|label_emb": "SDXL's embedding of the size", r"embedding|string_to_param|_emb\.": "embeddings"}
+SUPPORTED = "use a LoRA, LoCon, LoHa, LoKr or DoRA of UNet and text encoder"
+
+
+def unsupported(keys: Iterable[str]) -> str:
+    """What keys that match nothing are, or ""."""
+    text = "\n".join(keys)
+    return next((what for pattern, what in UNSUPPORTED.items() if re.search(pattern, text, re.M)), "")
 
 
 def _guess(table: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> str:
@@ -144,7 +154,10 @@ class _File:
 
     def match_keys(self) -> dict[str, re.Match | None]:
         matches = {key: KEY.fullmatch(key) for key in self.shapes}
-        if not any(matches.values()):
+        if not any(match and match["other"] != "alpha" for match in matches.values()):
+            others = [key for key, match in matches.items() if not match]
+            if kind := unsupported(others):
+                raise self.error(f"holds {kind}, which is not supported ({', '.join(others[:3])}, ...); {SUPPORTED}")
             raise self.error(f"has no LoRA keys (first: {next(iter(self.shapes), 'none at all')}); "
                              f"it looks like {_guess(NOT_A_LORA, self.shapes) or 'something else'}, name a LoRA file")
         return matches
@@ -356,22 +369,29 @@ def describe(path: str | Path) -> dict[str, str]:
                             for half in ("UNet", "text encoder") if any(one == half for one, _ in counts)),
         "made for": _guess(FAMILIES, file.shapes) or ("SD 1.x" if widths == {768} else ""),
         "trained on": ", ".join(dict.fromkeys(filter(None, base))),
-        "name": file.metadata.get("ss_output_name", ""),
+        "name": ", ".join(dict.fromkeys(filter(None, map(file.metadata.get, ("ss_output_name", "modelspec.title"))))),
+        "tags": file.metadata.get("modelspec.tags", ""),
+        "usage": file.metadata.get("modelspec.usage_hint", ""),
         "trigger words": ", ".join(trigger_words(file.metadata)),
         "sha256": file.sha256}
     return {heading: line for heading, value in lines.items() if (line := printable(value, 200))}
 
 
 def trigger_words(metadata: dict[str, str]) -> list[str]:
-    """What the trainer noted, the likeliest first: the phrase of the model spec, then kohya's most frequent caption tags."""
-    counts: Counter[str] = Counter()
+    """What the trainer noted, the likeliest first: the phrase of the model spec, then kohya's most frequent caption tags.
+
+    Where neither is there: the names of kohya's training folders ("10_sks cat"), else the name that the file was given.
+    """
+    counts, folders = Counter[str](), list[str]()
     try:
-        for tags in json.loads(metadata.get("ss_tag_frequency", "{}")).values():            # one table per training folder
+        for folder, tags in json.loads(metadata.get("ss_tag_frequency", "{}")).items():     # one table per training folder
+            folders += re.findall(r"^\d+_(.+)", folder)
             counts.update({tag: count for tag, count in tags.items() if isinstance(count, int)})
     except (ValueError, AttributeError, RecursionError):        # a stranger's file: anything may be written there
         pass
     phrase = metadata.get("modelspec.trigger_phrase", "").partition(",")[0]
     words = [phrase, *(tag for tag, _ in counts.most_common(5))]
+    words = words if any(words) else folders[:5] or [metadata.get("ss_output_name", "")]
     return list(dict.fromkeys(filter(None, (printable(word, 60) for word in words))))
 
 
