@@ -126,10 +126,14 @@ def to_tensor(pictures: list[np.ndarray], device: str) -> Tensor:
 # --- vae ------------------------------------------------------------------------------------------------------------
 
 def object_crops(rng: np.random.Generator, count: int, side: int = 64) -> list[np.ndarray]:
-    """Crops of random scenes, most of them around an object: that is where textures and colours are."""
+    """Crops of random scenes, most of them around an object: that is where textures and colours are. Half of the scenes
+    hold nothing but dots and stripes, which are lost first: seen no oftener than the rest, they melt into one colour."""
+    from weights.toy.judge import judge_scene
     crops: list[np.ndarray] = []
     while len(crops) < count:
-        scene = renderer.any_scene(rng)
+        draw = rng.random()
+        scene = (renderer.any_scene(rng) if draw < 0.25 else judge_scene(rng) if draw < 0.5
+                 else renderer.random_scene(rng, textures=("dotted",) if draw < 0.9 else ("striped",)))
         picture = renderer.render(scene)
         for thing in scene.things[:2]:
             x, y = (thing.x, thing.y) if rng.random() < 0.85 else rng.uniform(0, renderer.SIZE, 2)
@@ -138,15 +142,25 @@ def object_crops(rng: np.random.Generator, count: int, side: int = 64) -> list[n
     return crops[:count]
 
 
+def colour_shares(pictures: Tensor) -> Tensor:
+    """How much of every 8x8 pixels has which of the world's 16 colours: [B, 3, H, W] -> [B, 16, H/4 - 1, W/4 - 1]."""
+    world = [*renderer.COLOURS.values(), renderer.WHITE, renderer.OUTLINE,
+             *(colour for sky, ground, _ in renderer.BACKGROUNDS.values() for colour in (sky, ground))]
+    palette = torch.tensor(world, device=pictures.device) / 127.5 - 1                           # [16, 3]
+    distance = (pictures[:, None] - palette[:, :, None, None]).pow(2).sum(2)                    # [B, 16, H, W]
+    return F.avg_pool2d((-distance / 0.1).softmax(1), 8, stride=4)
+
+
 def train_vae(args: argparse.Namespace) -> None:
     vae = load_vae(args.device).requires_grad_() if args.init else VAE(VAEConfig.from_dict(VAE_CONFIG)).to(args.device)
     if args.decoder_only:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
+    known = load_vae(args.device) if args.keep_latents else None
     run = Run("vae", {"vae": vae}, lr=8e-4 if args.init else 1.5e-3, steps=4200, args=args)
     while run.step < run.steps:
         picture = to_tensor(object_crops(run.rng(), 16), args.device)                           # [16, 3, 64, 64]
-        with torch.autocast(args.device, torch.bfloat16):
+        with torch.autocast(args.device, torch.bfloat16, enabled=not args.fp32):
             mean, logvar = (part.float() for part in vae.encode(picture))                       # [16, 4, 8, 8]
             # what the UNet will draw is never exact: noise of a tenth of the latents' spread keeps colours apart in them
             deviation = (0.5 * logvar).exp() + 0.1 * mean.detach().std()
@@ -160,15 +174,25 @@ def train_vae(args: argparse.Namespace) -> None:
         reconstruction = (error.abs().mean() + error.pow(2).mean() + edges + 2 * coarse.abs().mean()
                           + 2 * red_green.abs().mean())
         kl = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean()
-        run.backward(reconstruction + 3e-4 * kl, l1=error.abs().mean(), kl=kl)
+        # White dots on red are orange on average, and where a dot's place is unsure, pixels alone ask for the average.
+        shares = (colour_shares(out) - colour_shares(picture)).abs().sum(1).mean()
+        moved = torch.zeros((), device=args.device)
+        if known is not None:                       # a UNet was trained on these latents
+            with torch.no_grad():
+                before = known.encode(picture)[0]                                               # [16, 4, 8, 8]
+            moved = ((mean - before) / before.std()).pow(2).mean()
+        run.backward(reconstruction + shares + 0.3 * moved + 3e-4 * kl,
+                     l1=error.abs().mean(), shares=shares, moved=moved, kl=kl)
     run.use_average()
     vae.eval()
+    save_half(vae, HERE / "vae/diffusion_pytorch_model.safetensors")
+    if known is not None:                           # the UNet knows the latents at the scale that they had
+        return
     rng = np.random.default_rng(1)
     with torch.no_grad():
         pictures = to_tensor([renderer.render(renderer.random_scene(rng)) for _ in range(256)], args.device)
         latents = torch.cat([vae.encode(chunk)[0] for chunk in pictures.split(32)])
     write_json(HERE / "vae/config.json", {**VAE_CONFIG, "scaling_factor": round(1 / latents.std().item(), 5)})
-    save_half(vae, HERE / "vae/diffusion_pytorch_model.safetensors")
 
 
 # --- unet -----------------------------------------------------------------------------------------------------------
@@ -573,7 +597,7 @@ def train_judge(args: argparse.Namespace) -> None:
         kinds, looks = (torch.stack(part).to(args.device) for part in zip(*map(judging.labels_of, scenes)))
         styles = torch.tensor([judging.MANNERS.index(scene.style) for scene in scenes], device=args.device)
         pictures = roughen(to_tensor([renderer.render(scene) for scene in scenes], args.device))
-        with torch.autocast(args.device, torch.bfloat16):
+        with torch.autocast(args.device, torch.bfloat16, enabled=not args.fp32):
             kind, look, style = (part.float() for part in judge(pictures))
         run.backward(F.cross_entropy(kind, kinds) + F.cross_entropy(look, looks) + 0.2 * F.cross_entropy(style, styles),
                      kind=F.cross_entropy(kind, kinds))
@@ -648,8 +672,10 @@ if __name__ == "__main__":
     parser.add_argument("--resume", action="store_true", help="continue from work/<stage>.pt")
     parser.add_argument("--init", action="store_true", help="begin at the weights next to this file (vae, unet, lora)")
     parser.add_argument("--decoder-only", action="store_true", help="stage vae: leave the encoder (and latents) alone")
+    parser.add_argument("--keep-latents", action="store_true", help="stage vae: stay near the latents of these weights")
     parser.add_argument("--steps", type=int, help="train for fewer or more steps than the stage's own number")
     parser.add_argument("--only", nargs="+", choices=LORAS, help="stage lora: train these alone")
     parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--fp32", action="store_true", help="no bfloat16: faster on CPUs that only emulate it")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     main(parser.parse_args())
