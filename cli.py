@@ -24,7 +24,7 @@ import rerun
 from clora import METHODS, RECIPES, Recipe, Step, Subject
 from lora import LoRA
 from weights import Model, find_lora, load_model, split_weight
-from weights.lora import describe, printable, read_lora, trigger_words
+from weights.lora import describe, printable, trigger_words
 
 # Left alone, MKL with several threads on an Intel CPU may add up in another order every time. It reads this at its
 # first call.
@@ -178,7 +178,7 @@ def read_subjects(args: argparse.Namespace, model: Model) -> tuple[list[Subject]
         word, _, trigger = (part.strip() for part in words.partition("="))
         if not word:
             raise ValueError(f"--lora {file} {words!r} names no subject; write it as \"cat=sks cat\"")
-        subject = Subject(read_lora(find_lora(path), model.unet, model.text.model), word, trigger or word, weight)
+        subject = Subject(model.lora(path), word, trigger or word, weight)
         subjects.append(subject)
         noted = trigger_words(subject.lora.metadata)
         known = next((one for one in noted if word.lower() in one.lower().split()), next(iter(noted), ""))
@@ -189,7 +189,7 @@ def read_subjects(args: argparse.Namespace, model: Model) -> tuple[list[Subject]
     if args.style is None:
         return subjects, None
     path, weight = split_weight(args.style)
-    return subjects, (read_lora(find_lora(path), model.unet, model.text.model), 1.0 if weight is None else weight)
+    return subjects, (model.lora(path), 1.0 if weight is None else weight)
 
 
 def from_repository(name: str) -> str:

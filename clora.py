@@ -75,6 +75,11 @@ RECIPES = {
 }
 
 
+def recipe_for(model: Model, name: str = "paper", **changes) -> Recipe:
+    """The named recipe with the values that the model comes with (clora.json of its folder), and `changes` on top."""
+    return replace(RECIPES[name], **{**model.settings.get("recipe", {}), **changes})
+
+
 # --- the method -----------------------------------------------------------------------------------------------------
 
 def attention_maps(probs: Sequence[Tensor], size: tuple[int, int]) -> Tensor:

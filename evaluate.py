@@ -28,10 +28,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 import clora
 import report
-from cli import DTYPES, TOY, Parser, changed, check_device, whole_numbers
+from cli import DTYPES, TOY, Parser, changed, check_device, settings_of, whole_numbers
 from clora import RECIPES, Recipe, Subject
 from weights import find_lora, load_model, split_weight
-from weights.lora import printable, read_lora
+from weights.lora import printable
 from weights.toy import renderer
 from weights.toy.judge import Judge, Seen, load_judge  # type: ignore[attr-defined]  # mypy takes the folder judge/
 
@@ -271,11 +271,12 @@ class Maker:
         self.scores = None if args.no_scores else [dino, clip]
         self.scorer = None if args.no_scores else Scorer(dino, clip, args.device)
         self.loras: dict = {}
+        self.args = args
         self.size = self.model.unet.config.sample_size * self.model.vae.config.factor
 
     def lora(self, file: str):
         if file not in self.loras:
-            self.loras[file] = read_lora(find_lora(file), self.model.unet, self.model.text.model)
+            self.loras[file] = self.model.lora(file)
         return self.loras[file]
 
     def subjects(self, one: dict) -> list[Subject]:
@@ -291,6 +292,13 @@ class Maker:
             return None
         path, weight = split_weight(one["style"])
         return self.lora(path), 1.0 if weight is None else weight
+
+    def settings(self, one: dict, method: str, name: str, recipe: Recipe, seed: int) -> dict:
+        """What clora.py --from needs to make the image of this seed again."""
+        args = argparse.Namespace(model=self.args.model, prompt=one["prompt"], negative="", method=method, recipe=name,
+                                  dtype=self.args.dtype, device=self.args.device, lora=one["loras"], style=one.get("style"),
+                                  low_memory=False, compile=False)
+        return settings_of(args, recipe, self.model, self.subjects(one), self.style(one), seed, (self.size, self.size))
 
     def make(self, one: dict, method: str, recipe: Recipe, seeds: Sequence[int]) -> list[tuple[np.ndarray | None, dict]]:
         """One batch -> for each seed: picture uint8 [H, W, 3], what was measured (seconds: the batch's, shared out)."""
@@ -536,8 +544,8 @@ def sweep(args: argparse.Namespace, columns: list[str], changes: dict, sets: lis
                 continue
             line = {"column": column, "set": number, "seed": seed, "prompt": sets[number]["prompt"], "stamp": stamp, **facts}
             if picture is not None:
-                report.save_picture(folder / f"images/{column}-{number}-{seed}.png", picture,
-                                    {"column": column, "prompt": line["prompt"], "seed": str(seed)})
+                settings = maker.settings(sets[number], *METHODS[column][:2], recipes[column], seed)
+                report.save_picture(folder / f"images/{column}-{number}-{seed}.png", picture, {"column": column, **settings})
             append_line(folder / f"results-{rank}.jsonl", line)
         if not args.quiet:
             print(f"\r{n + 1} of {len(mine)} batches", end="", file=sys.stderr, flush=True)

@@ -6,16 +6,14 @@ A column per step; from top to bottom the picture as that step expects it to bec
 own words in its own variant, and the masks made from them (red, blue; both: violet; grey is the base model's).
 """
 
-import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from clora import RECIPES, Step, Subject, compose, decode, initial_noise, make_plan
+from clora import Step, Subject, compose, decode, initial_noise, make_plan, recipe_for
 from report import heat
-from weights import load_model, read_lora
+from weights import load_model
 
 TOY = Path(__file__).parents[1] / "weights/toy"
 SIDE = 128
@@ -28,8 +26,8 @@ def tile(array: np.ndarray, how: Image.Resampling = Image.Resampling.NEAREST) ->
 
 def main(steps: int = 50, out: str = "out/filmstrip.png") -> list[Step]:
     model = load_model(TOY)
-    recipe = replace(RECIPES["paper"], **{**json.loads((TOY / "clora.json").read_text())["recipe"], "steps": steps})
-    zib, pel = (read_lora(TOY / f"loras/{name}.safetensors", model.unet, model.text.model) for name in ("zib", "pel"))
+    recipe = recipe_for(model, steps=steps)
+    zib, pel = (model.lora(TOY / f"loras/{name}.safetensors") for name in ("zib", "pel"))
     subjects = [Subject(zib, "ball", "zib ball"), Subject(pel, "ring", "pel ring")]
     plan = make_plan(model, "a ball and a ring on the grass", subjects, recipe=recipe)
     seen = list(compose(model, plan, recipe, initial_noise(model, SIDE, SIDE, seed=0)))
@@ -44,6 +42,7 @@ def main(steps: int = 50, out: str = "out/filmstrip.png") -> list[Step]:
         columns.append([tile(picture), *(tile(heat(one.numpy()), Image.Resampling.BICUBIC) for one in maps), tile(colours)])
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate([np.concatenate(column) for column in columns], axis=1)).save(out)
+    print(out)
     return seen
 
 

@@ -7,7 +7,6 @@ its words in all variants, with their graph, so whatever it returns is different
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -15,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clora import RECIPES, Step, Subject, compose, decode, initial_noise, make_plan
-from weights import load_model, read_lora
+from clora import Step, Subject, compose, decode, initial_noise, make_plan, recipe_for
+from weights import load_model
 
 TOY = Path(__file__).parents[1] / "weights/toy"
 
@@ -29,8 +28,8 @@ def overlap_loss(groups: Sequence[Tensor], temperature: float) -> Tensor:
 
 def main(steps: int = 50, out: str = "out/other-loss.png") -> list[Step]:
     model = load_model(TOY)
-    zib, pel = (read_lora(TOY / f"loras/{name}.safetensors", model.unet, model.text.model) for name in ("zib", "pel"))
-    recipe = replace(RECIPES["paper"], steps=steps, guidance=5.0, alpha=2.0, refine_at=())
+    zib, pel = (model.lora(TOY / f"loras/{name}.safetensors") for name in ("zib", "pel"))
+    recipe = recipe_for(model, steps=steps, alpha=2.0, refine_at=())
     plan = make_plan(model, "a ball and a ring on the grass",
                      [Subject(zib, "ball", "zib ball"), Subject(pel, "ring", "pel ring")], recipe=recipe)
     seen = []
@@ -40,6 +39,7 @@ def main(steps: int = 50, out: str = "out/other-loss.png") -> list[Step]:
             print(f"step {step.index}: overlap {step.losses[-1].item():.3f}")
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(decode(model, seen[-1].latents)[0].numpy()).save(out)
+    print(out)
     return seen
 
 

@@ -7,15 +7,14 @@ timesteps[i], and returns the latents of the next timestep and whatever it wants
 """
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 
-from clora import RECIPES, Step, Subject, compose, decode, initial_noise, make_plan
+from clora import Step, Subject, compose, decode, initial_noise, make_plan, recipe_for
 from scheduler import SCHEDULERS, Generators, History, Scheduler
-from weights import load_model, read_lora
+from weights import load_model
 
 TOY = Path(__file__).parents[1] / "weights/toy"
 
@@ -35,8 +34,8 @@ class Euler(Scheduler):
 def main(steps: int = 50, out: str = "out/other-sampler.png") -> list[Step]:
     SCHEDULERS["euler"] = Euler
     model = load_model(TOY)
-    zib, pel = (read_lora(TOY / f"loras/{name}.safetensors", model.unet, model.text.model) for name in ("zib", "pel"))
-    recipe = replace(RECIPES["paper"], steps=steps, guidance=5.0, alpha=0.3, refine_at=(), scheduler="euler")
+    zib, pel = (model.lora(TOY / f"loras/{name}.safetensors") for name in ("zib", "pel"))
+    recipe = recipe_for(model, steps=steps, refine_at=(), scheduler="euler")
     plan = make_plan(model, "a ball and a ring on the grass",
                      [Subject(zib, "ball", "zib ball"), Subject(pel, "ring", "pel ring")], recipe=recipe)
     seen = []
@@ -45,6 +44,7 @@ def main(steps: int = 50, out: str = "out/other-sampler.png") -> list[Step]:
         seen.append(step)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(decode(model, seen[-1].latents)[0].numpy()).save(out)
+    print(out)
     return seen
 
 

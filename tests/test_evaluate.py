@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+import cli
 import evaluate
 from weights.toy.judge import Seen
 
@@ -42,6 +44,11 @@ def test_a_sweep_is_resumed_and_split_without_a_difference(tmp_path):
         split = run(*FAST, "--out", "split", cwd=tmp_path, RANK=rank, WORLD_SIZE="2")
         assert split.returncode == 0, split.stderr
     assert results(tmp_path / "split") == results(tmp_path / "whole")
+    # each image says how it was made, clora.py makes it again
+    image = tmp_path / "whole/images/merge-0-1.png"
+    assert cli.main(["--from", str(image), "--out", str(tmp_path / "again"), "--quiet"]) == 0
+    with Image.open(image) as first, Image.open(tmp_path / "again/merge-1.png") as second:
+        assert np.abs(np.asarray(first, int) - np.asarray(second, int)).max() <= 1
     figures = [[row.rsplit("|", 2)[0] for row in done.stdout.splitlines()] for done in (whole, again, split)]
     assert figures[0] == figures[1] == figures[2], "the table is the same for any split (but for the seconds)"
 

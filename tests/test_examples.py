@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from examples import filmstrip, other_loss, other_sampler, own_masks
 from scheduler import SCHEDULERS, make_scheduler
+from weights.toy.judge import load_judge
 
 SD15 = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
         "num_train_timesteps": 1000, "set_alpha_to_one": False, "steps_offset": 1}
@@ -59,6 +61,13 @@ def test_masks_from_a_picture(tmp_path):
     expected[0, 0, :, 4:8], expected[0, 1, :, :4], expected[0, 2, :, 8:] = 1, 1, 1
     assert all(torch.equal(step.masks, expected) and not step.losses for step in seen)
     assert own_masks.read_masks(own_masks.MASKS, 16, 16).sum((1, 2)).min() > 20
+
+
+def test_the_masks_that_ship_do_what_they_say(tmp_path):
+    own_masks.main(out=str(tmp_path / "a.png"))
+    with Image.open(tmp_path / "a.png") as image:
+        (seen,) = load_judge().look(np.asarray(image)[None])
+    assert [(one.kind, one.look) for one in seen] == [("ball", "zib"), ("ring", "pel")]
 
 
 def test_the_method_as_a_strip(tmp_path):

@@ -10,10 +10,12 @@ import json
 import os
 import pickle
 import random
+import shlex
 import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
 import warnings
 import zipfile
@@ -23,7 +25,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
@@ -543,6 +545,64 @@ def test_hostile_text(quick, loras, tmp_path):
                            for _ in range(rng.randrange(120)))
             yield f"characters {n}", "--prompt", "cat dog " + text, "--panel"
     every("hostile text", cases(), quick)
+
+
+def test_settings_of_images(quick, folder, loras, tmp_path):
+    """--from with what a stranger may have written into an image: other values, other types, other letters."""
+    assert cli.main(["--model", str(folder), "--prompt", "a cat and a dog", *loras, "--height", "32", "--width", "32",
+                     "--steps", "1", "--out", str(tmp_path / "first"), "--quiet"]) == 0
+    with Image.open(tmp_path / "first/clora-0.png") as image:
+        chunks, picture = dict(image.text), image.copy()
+    rng = random.Random(8)
+    values = (None, 3, -1.5, True, "", "cat", "\x00", [], {}, [3], [None], {"hash": 5}, [{"subject": 1, "sha256": "x"}],
+              "9" * 5000)
+
+    def changed(value, depth: int = 0):
+        """The value with one part of it replaced."""
+        if depth and rng.random() < 0.4 or not isinstance(value, (dict, list)) or not value:
+            return rng.choice(values)
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        key, copy = rng.choice(keys), value.copy()
+        copy[key] = changed(value[key], depth + 1)
+        return copy
+
+    def cases():
+        for n in range(240):
+            info, new = PngImagePlugin.PngInfo(), dict(chunks)
+            key = rng.choice(("model", "loras", "style", "recipe", "command", "command"))
+            if key == "command":
+                words, place = shlex.split(new[key]), rng.randrange(2, len(shlex.split(new[key])))
+                words[place:place + rng.randrange(2)] = [rng.choice(("", "x", "-1", "--steps", "2", "999", "--lora", "🐈"))]
+                new[key] = shlex.join(words)
+            else:
+                new[key] = json.dumps(changed(json.loads(new[key])))
+            for name, text in new.items():
+                info.add_text(name, text)
+            path = tmp_path / f"{n}.png"
+            picture.save(path, pnginfo=info)
+            yield f"{key} {n}: {new[key][:200]}", path
+    every("settings of images", cases(), lambda path: command(tmp_path / "out", "--from", str(path)))
+
+
+def test_read_only_folders(quick):
+    root = os.geteuid() == 0
+    with tempfile.TemporaryDirectory() as name:
+        Path(name, "a.safetensors").touch()
+        os.chmod(name, 0o555)
+        if root:                                    # whom no such folder stops
+            os.seteuid(65534)
+        try:
+            for argv in (("--out", name), ("--out", f"{name}/below"), ("--out", "/tmp", "--trace", f"{name}/a.safetensors")):
+                TRIED["names of files"] += 1
+                stderr = io.StringIO()
+                with contextlib.redirect_stderr(stderr):
+                    assert cli.main([*argv, "--quiet"]) == 2
+                assert stderr.getvalue() == f"clora: cannot write to {argv[-1]}: Permission denied\n"
+        finally:
+            if root:
+                os.seteuid(0)
+            os.chmod(name, 0o755)
+        assert [path.name for path in Path(name).iterdir()] == ["a.safetensors"]
 
 
 def test_folders_of_every_name(quick, loras, tmp_path):

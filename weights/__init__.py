@@ -21,11 +21,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lora import LoRA
 from text import TextEncoder
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
-from weights.lora import printable, read_pickle
-from weights.lora import read_lora as read_lora  # for `from weights import load_model, read_lora`
+from weights.lora import printable, read_lora, read_pickle
 from weights.names import ldm_unet_name, ldm_vae_name
 
 # What SD 1.5 publishes; a single file carries none of it.
@@ -60,6 +60,10 @@ class Model:
     def map_level(self) -> int:
         """Which maps the method reads: latent size / 2^level. 2 in SD 1.5 (16x16 of 64x64)."""
         return self.settings.get("map_level", 2)
+
+    def lora(self, source: str | Path) -> LoRA:
+        """A LoRA for this model: a file, or "user/repo[:file]" on the hub. ValueError: see find_lora and read_lora."""
+        return read_lora(find_lora(source), self.unet, self.text.model)
 
     def hash(self) -> str:
         """16 hex digits that change with any of its files. A single file's are the first of its SHA-256, as on Civitai."""
