@@ -29,8 +29,8 @@ from weights.lora import describe, printable, trigger_words
 # Left alone, MKL with several threads on an Intel CPU may add up in another order every time. It reads this at its
 # first call.
 os.environ.setdefault("MKL_CBWR", "AUTO")
-# as seen from where the user is: the path goes into the images' settings
-TOY = Path(os.path.relpath(Path(__file__).resolve().parent / "weights" / "toy"))
+REPOSITORY = Path(__file__).resolve().parent
+TOY = Path(os.path.relpath(REPOSITORY / "weights" / "toy"))          # relative: short in messages
 DEMO = {"prompt": "a ball and a ring on the grass",
         "lora": [[str(TOY / "loras/zib.safetensors"), "ball=zib ball"],
                  [str(TOY / "loras/pel.safetensors"), "ring=pel ring"]]}
@@ -195,8 +195,8 @@ def read_subjects(args: argparse.Namespace, model: Model) -> tuple[list[Subject]
 def from_repository(name: str) -> str:
     """A file of the repository as seen from there, where the command of an image is run; any other as the user wrote it."""
     path = Path(os.path.abspath(name))
-    inside = os.path.lexists(split_weight(str(path))[0]) and path.is_relative_to(TOY.resolve().parents[1])
-    return str(path.relative_to(TOY.resolve().parents[1])) if inside else name
+    inside = os.path.lexists(split_weight(str(path))[0]) and path.is_relative_to(REPOSITORY)
+    return str(path.relative_to(REPOSITORY)) if inside else name
 
 
 def settings_of(args: argparse.Namespace, recipe: Recipe, model: Model, subjects: list[Subject],
@@ -279,6 +279,9 @@ def run(args: argparse.Namespace) -> None:
                                       for file in filter(None, [args.model, args.style, *(file for file, _ in args.lora)])):
                 raise ValueError(f"--trace {trace} would replace a file that is read; name another")
             tempfile.TemporaryFile(dir=trace.parent).close()
+        for seed in seeds:
+            if (path := out / f"{args.method}-{seed}.png").is_dir():
+                raise ValueError(f"{path} is a folder where the image would be; move it or give another --out")
     except OSError as error:
         raise ValueError(f"cannot write to {place}: {error.strerror}") from None
 

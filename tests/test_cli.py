@@ -248,7 +248,49 @@ def test_an_output_that_cannot_be_written(tmp_path, capsys):
     capsys.readouterr()
     assert run(*TWO, out=tmp_path / "file") == 2
     assert str(tmp_path / "file") in capsys.readouterr().err
-    assert "nowhere" in refused(capsys, tmp_path / "out", *TWO, "--trace", str(tmp_path / "nowhere/t.safetensors"))
+    trace = str(tmp_path / "nowhere/t.safetensors")
+    assert f"cannot write to {trace}: No such" in refused(capsys, tmp_path / "out", *TWO, "--trace", trace)
+    (tmp_path / "b/clora-0.png").mkdir(parents=True)
+    assert run(*TWO, out=tmp_path / "b") == 2
+    assert capsys.readouterr().err.startswith(f"clora: {tmp_path / 'b/clora-0.png'} is a folder")
+
+
+def test_a_trace_replaces_nothing_that_is_read(tmp_path, capsys):
+    mine = Path(shutil.copy(CAT, tmp_path / "mine.safetensors"))
+    before = mine.read_bytes()
+    for words in (("--lora", f"{mine}:0.5", "cat=sks cat"), ("--style", str(mine), *TWO)):
+        assert "would replace" in refused(capsys, tmp_path / "out", *words, "--trace", str(mine))
+    assert "must end in .safetensors" in refused(capsys, tmp_path / "out", *TWO, "--trace", str(tmp_path / "clora-0.png"))
+    assert mine.read_bytes() == before
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    """Here a limit on the size of files; the disk itself answers alike."""
+    limited = "import resource, sys, cli; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); sys.exit(cli.main())"
+    done = subprocess.run([sys.executable, "-c", limited, *SMALL, *TWO, "--out", str(tmp_path / "out")], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == f"clora: cannot write {tmp_path / 'out/clora-0.png'}: File too large\n"
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_terminals_without_unicode_and_readers_that_stop(tmp_path):
+    name = shutil.copy(CAT, tmp_path / "🐈.safetensors")
+    command = [sys.executable, str(ROOT / "clora.py"), "--inspect", name]
+    ascii_only = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    assert ascii_only.returncode == 0 and "\\U0001f408.safetensors" in ascii_only.stdout and not ascii_only.stderr
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 0
+
+
+def test_files_of_the_repository_are_recorded_as_seen_from_there(tmp_path, monkeypatch):
+    """So that an image's command runs wherever it was made, while paths of the user stay as they were written."""
+    monkeypatch.chdir(tmp_path)
+    inside = os.path.relpath(ROOT / "weights/toy/loras/zib.safetensors")
+    assert cli.from_repository(inside) == "weights/toy/loras/zib.safetensors"
+    assert cli.from_repository(f"{inside}:0.5") == "weights/toy/loras/zib.safetensors:0.5"
+    for name in ("cat.safetensors", "weights/toy", "user/repo:a.safetensors", str(tmp_path)):
+        assert cli.from_repository(name) == name
 
 
 def test_damaged_weights_name_the_step(tmp_path, capsys):
