@@ -73,7 +73,8 @@ def make_parser(add_help: bool = True) -> Parser:
     add("--lora", nargs=2, action="append", metavar=("FILE[:WEIGHT]", "SUBJECT[=TRIGGER]"),
         help="a LoRA (a file, or on the hub user/repo[:FILE]), the word of the prompt that it draws, and what replaces that "
              "word in its own prompt; repeat for more")
-    add("--style", metavar="FILE[:WEIGHT]", help="a LoRA added to every variant, a file or on the hub")
+    add("--style", metavar="FILE[:WEIGHT]", help="a LoRA added to every variant, a file or on the hub ('': none, "
+        "where the image of --from has one)")
     add("--seed", type=int, default=0, help="initial noise as diffusers draws it on the CPU (default: 0)")
     add("--seeds", type=whole_numbers, metavar="0-9", help="several seeds, one image each")
     add("--height", type=int, help="pixels, a multiple of 8 (default: the model's)")
@@ -246,7 +247,7 @@ def run(args: argparse.Namespace) -> None:
     demo = args.prompt is None and args.lora is None
     if demo:
         args.prompt, args.lora = DEMO["prompt"], DEMO["lora"]
-    args.lora = args.lora or []
+    args.lora, args.style = args.lora or [], args.style or None
     if args.prompt is None:
         raise ValueError("--lora is given without --prompt; write the prompt that names its subject")
     if args.method != "base" and not args.lora and not args.style:

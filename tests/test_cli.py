@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import cli
 import clora
 from unet import UNet
+from weights import load_model
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -253,6 +254,27 @@ def test_an_output_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "b/clora-0.png").mkdir(parents=True)
     assert run(*TWO, out=tmp_path / "b") == 2
     assert capsys.readouterr().err.startswith(f"clora: {tmp_path / 'b/clora-0.png'} is a folder")
+
+
+def test_a_file_with_the_layers_of_lcm_lora_as_style(tmp_path):
+    """The layers that the published LCM-LoRA of SD 1.5 has, in its naming; its scheduler, four steps."""
+    leaves = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
+              "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")
+    unet = load_model(GOLDEN / "model").unet
+    layers = {name: module.weight for name, module in unet.named_modules() if name.endswith(leaves)}
+    tensors, noise = {}, torch.Generator().manual_seed(0)
+    for name, weight in layers.items():
+        key, kernel = f"lora_unet_{name.replace('.', '_')}", weight.shape[2:]
+        tensors[f"{key}.lora_down.weight"] = 0.1 * torch.randn(4, *weight.shape[1:], generator=noise)
+        tensors[f"{key}.lora_up.weight"] = 0.1 * torch.randn(len(weight), 4, *(1 for _ in kernel), generator=noise)
+        tensors[f"{key}.alpha"] = torch.tensor(8.0)
+    save_file(tensors, tmp_path / "lcm.safetensors")
+    assert len(load_model(GOLDEN / "model").lora(tmp_path / "lcm.safetensors").unet) == len(layers) > 50
+    flags = ("--scheduler", "lcm", "--steps", "4", "--guidance", "1.5", "--trace", str(tmp_path / "t.safetensors"))
+    assert run(*TWO, *flags, "--style", str(tmp_path / "lcm.safetensors"), out=tmp_path / "a") == 0
+    assert load_file(tmp_path / "t.safetensors")["timestep"].tolist() == [999, 759, 499, 259]       # as diffusers'
+    assert run(*TWO, *flags, out=tmp_path / "b") == 0
+    assert not np.array_equal(pixels(tmp_path / "a/clora-0.png"), pixels(tmp_path / "b/clora-0.png"))
 
 
 def test_a_trace_replaces_nothing_that_is_read(tmp_path, capsys):

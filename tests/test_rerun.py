@@ -127,8 +127,10 @@ def test_what_the_flags_replace_is_no_change(user, capsys):
     assert again("--lora", "other.safetensors", "cat=sks cat") == 0 and capsys.readouterr().err == ""
 
 
-def test_low_memory_can_be_taken_away(user):
+def test_low_memory_and_style_can_be_taken_away(user, capsys):
     assert recalled().low_memory and not recalled("--no-low-memory").low_memory
+    assert again("--style", "") == 0 and capsys.readouterr().err == ""
+    assert json.loads(report.load_settings(Path("again/clora-3.png"))["style"]) is None
 
 
 def test_missing_and_moved_files(user, capsys):
