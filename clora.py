@@ -215,6 +215,8 @@ def make_plan(model: Model, prompt: str, subjects: Sequence[Subject] = (), style
 
     ValueError: a subject that is not in the prompt, occurs twice, was cut off or is shared by two LoRAs.
     """
+    if recipe.uncond_from == "base" and method not in ("clora", "base"):
+        raise ValueError(f"--uncond-from base is for --method clora: {method} has no variant without LoRAs")
     if method not in METHODS:
         raise ValueError(f"there is no method called {method}; choose from {', '.join(METHODS)}")
     words = [subject.word.lower() for subject in subjects]
@@ -394,7 +396,7 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
     unet, variants = model.unet, len(plan.prompts)
     layers = unet.map_layers(model.map_level) if plan.concepts else ()
     history: tuple = ()
-    finite = torch.tensor(True)
+    finite: list[Tensor] = []
     z = latents * scheduler.init_noise_sigma
     for i, t in enumerate(scheduler.timesteps):
         # move the latent so that the concepts part (section 3.2)
@@ -436,14 +438,15 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
         noise = guide(uncond[:, 0] if shared else blend(uncond, masks), blend(cond, masks), recipe)
         x0 = scheduler.predict_x0(noise, i, z)
         z, history = scheduler.step(noise, i, z, history, generator)
-        expect_finite(finite, i - 1)                    # one step late: a GPU need not wait for the CPU to ask
-        finite = torch.isfinite(z).all()
+        finite.append(torch.isfinite(z).all())
+        if z.device.type == "cpu":                      # a GPU would have to end what it does to answer: it is asked last
+            expect_finite(finite)
         yield Step(i, t, z, x0, noise, maps, masks if plan.concepts else None, losses, updates)
-    expect_finite(finite, i)
+    expect_finite(finite)
 
 
-def expect_finite(finite: Tensor, step: int) -> None:
-    if not finite:
+def expect_finite(finite: Sequence[Tensor]) -> None:
+    for step in (n for n, one in enumerate(finite) if not one):
         raise ValueError(f"the latents became NaN at step {step}: try --dtype float32, a smaller --alpha or other weights")
 
 

@@ -1,11 +1,15 @@
 """Compares the methods on sets of prompts and LoRAs, with the paper's protocol and a judge.
 
-    python evaluate.py                                   the embedded world
-    python evaluate.py --seeds 0-2 --methods clora,merge
-    torchrun --nproc-per-node 4 evaluate.py              the same list, split over processes
+    python evaluate.py                                   a first look at all methods in the embedded world: minutes
+    python evaluate.py --prompts 30 --seeds 0-9 --methods clora,merge --out runs/long
+    python evaluate.py --model MODEL --sets sets.json    your own model, prompts and LoRAs
+    torchrun --nproc-per-node 4 evaluate.py              the same list, split over processes (and GPUs)
 
 Every image is one line of results-<rank>.jsonl, written whole; started again, only what is missing is made.
-A set is a prompt with its LoRAs; a variant of a method is a recipe with some settings changed ("clora-nomask").
+A column is a method with a recipe in which some settings are changed ("no-mask"). sets.json is a list of
+    {"prompt": "a cat and a dog", "loras": [["cat.safetensors:0.9", "cat=sks cat"], ["dog.safetensors", "dog=sks dog"]],
+     "style": "ink.safetensors", "references": ["photos/cat", "photos/dog"]}
+where style and references (a folder of pictures for each LoRA, for the DINO scores) may be left out.
 """
 
 from __future__ import annotations
@@ -84,7 +88,8 @@ METHODS |= {
 # --- the list of images -----------------------------------------------------------------------------------------------
 
 def embedded_sets(split: str, prompts: int, subjects: int) -> list[dict]:
-    """Prompts of the embedded world, `subjects` instances each: "tune" and "test" share no pair of instances.
+    """Prompts of the embedded world, `subjects` instances each; no prompt twice. With two subjects "tune" and "test" share
+    no pair of instances.
 
     Every set: {"prompt", "loras": [[file, "ball=zib ball"], ...], "truth": [["ball", "zib"], ...]}.
     """
@@ -106,7 +111,10 @@ def embedded_sets(split: str, prompts: int, subjects: int) -> list[dict]:
             continue
         kinds = [instances[name].kind for name in chosen]
         listing = " and ".join([", ".join(f"a {kind}" for kind in kinds[:-1]), f"a {kinds[-1]}"])
-        sets.append({"prompt": f"{listing} {backgrounds[len(sets) % len(backgrounds)]}",
+        prompt = f"{listing} {backgrounds[len(sets) % len(backgrounds)]}"
+        if any(one["prompt"] == prompt for one in sets):
+            continue
+        sets.append({"prompt": prompt,
                      "loras": [[str(TOY / f"loras/{name}.safetensors"), f"{kind}={name} {kind}"]
                                for name, kind in zip(chosen, kinds)],
                      "truth": list(zip(kinds, chosen))})
@@ -124,6 +132,11 @@ def read_sets(path: Path) -> list[dict]:
     for number, one in enumerate(sets):
         if not isinstance(one, dict) or not {"prompt", "loras"} <= one.keys():
             raise ValueError(f"{path}: set {number} needs a prompt and loras")
+        if unknown := one.keys() - {"prompt", "loras", "style", "references", "truth"}:
+            raise ValueError(f"{path}: set {number}: {min(unknown)} is not known; use prompt, loras, style, references")
+        if not isinstance(truth := one.get("truth", []), list) or not all(
+                isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair) for pair in truth):
+            raise ValueError(f'{path}: set {number}: truth must be a list of ["ball", "zib"]')
         if not isinstance(one["prompt"], str):
             raise ValueError(f"{path}: set {number}: the prompt is no text")
         if not isinstance(one["loras"], list) or not all(
@@ -167,8 +180,8 @@ class Scorer:
         logging.disable_progress_bar()
         self.device = device
         try:
-            self.clip = AutoModel.from_pretrained(clip, dtype=torch.float32).to(device).eval()
-            self.dino = self.clip if dino == clip else AutoModel.from_pretrained(dino, dtype=torch.float32).to(device).eval()
+            self.clip = AutoModel.from_pretrained(clip).float().to(device).eval()
+            self.dino = self.clip if dino == clip else AutoModel.from_pretrained(dino).float().to(device).eval()
             self.tokenizer = CLIPTokenizer.from_pretrained(clip)
             self.rules = [self._rules(name) for name in (dino, clip)]
         except (OSError, ValueError) as error:
@@ -203,13 +216,13 @@ class Scorer:
         return torch.nn.functional.normalize(tower(pixel_values=pixels).last_hidden_state[:, 0], dim=1)
 
     @torch.no_grad()
-    def score(self, picture: np.ndarray, prompt: str, references: dict[str, Callable[[], list[np.ndarray]]]) -> dict:
+    def score(self, picture: np.ndarray, prompt: str, references: list[tuple[str, Callable[[], list[np.ndarray]]]]) -> dict:
         """Mean similarity to each LoRA's references (its minimum, mean, maximum over the LoRAs), and the CLIP score."""
-        for key, pictures in references.items():
+        for key, pictures in references:
             if key not in self.references:
                 self.references[key] = self.look(pictures())
         mine = self.look([picture])
-        similar = [(self.references[key] @ mine.T).mean().item() for key in references]
+        similar = [(self.references[key] @ mine.T).mean().item() for key, _ in references]
         ids = self.tokenizer([prompt], padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
         out = self.clip(input_ids=ids.to(self.device), pixel_values=self._pixels([picture], self.rules[1]))
         score = (out.text_embeds * out.image_embeds).sum().item()
@@ -232,12 +245,12 @@ def lesson_pictures(name: str) -> list[np.ndarray]:
     return [renderer.render(scene) for scene in renderer.lesson(name, 64)]
 
 
-def references_of(one: dict) -> dict[str, Callable[[], list[np.ndarray]]]:
-    """A set's reference pictures per LoRA, by name: "references" of the set (folders), or lessons of the embedded LoRAs."""
+def references_of(one: dict) -> list[tuple[str, Callable[[], list[np.ndarray]]]]:
+    """(name, pictures) for each LoRA of a set: its "references" (folders), or the lessons of the embedded LoRAs."""
     if "references" in one:
-        return {folder: functools.partial(read_pictures, folder) for folder in one["references"]}
+        return [(folder, functools.partial(read_pictures, folder)) for folder in one["references"]]
     names = [Path(file).stem for file, _ in one["loras"] if Path(file).parent.resolve() == (TOY / "loras").resolve()]
-    return {name: functools.partial(lesson_pictures, name) for name in names}
+    return [(name, functools.partial(lesson_pictures, name)) for name in names]
 
 
 # --- one image --------------------------------------------------------------------------------------------------------
@@ -259,12 +272,16 @@ def verdict(seen: list[Seen], truth: list[list[str]], style: tuple[str, str] | N
     return {"success": not missing and not leak, "missing": missing, "leak": leak, **facts}
 
 
+def is_embedded(model: str) -> bool:
+    return Path(model).resolve() == TOY.resolve()
+
+
 class Maker:
     """Loads every LoRA once and makes the images of the list."""
 
     def __init__(self, args: argparse.Namespace):
         self.model = load_model(args.model, args.device, DTYPES[args.dtype])
-        embedded = args.model == str(TOY)
+        embedded = is_embedded(args.model)
         self.judge: Judge | None = load_judge() if embedded else None
         clip = args.clip or (str(TOY / "clip") if embedded else "openai/clip-vit-base-patch32")
         dino = args.dino or (clip if embedded else "facebook/dino-vits16")
@@ -297,8 +314,23 @@ class Maker:
         """What clora.py --from needs to make the image of this seed again."""
         args = argparse.Namespace(model=self.args.model, prompt=one["prompt"], negative="", method=method, recipe=name,
                                   dtype=self.args.dtype, device=self.args.device, lora=one["loras"], style=one.get("style"),
-                                  low_memory=False, compile=False)
+                                  low_memory=self.args.low_memory, compile=False)
         return settings_of(args, recipe, self.model, self.subjects(one), self.style(one), seed, (self.size, self.size))
+
+    def hashes(self, sets: Sequence[dict]) -> list[str]:
+        """Of every LoRA file that the sets name."""
+        names = {split_weight(file)[0] for one in sets
+                 for file in [*(file for file, _ in one["loras"]), *([one["style"]] if "style" in one else [])]}
+        return [hashlib.sha256(find_lora(name).read_bytes()).hexdigest() for name in sorted(names)]
+
+    def attempt(self, one: dict, method: str, recipe: Recipe, seeds: Sequence[int]) -> list[tuple[np.ndarray | None, dict]]:
+        """`make`; if that fails every seed alone, so that one does not take the others with it; then the reason."""
+        try:
+            return self.make(one, method, recipe, seeds)
+        except Exception as error:                  # whatever it is, the other images of a long sweep are wanted
+            if len(seeds) == 1:
+                return [(None, {"error": printable(str(error) or type(error).__name__, 1000)})]
+        return [made for seed in seeds for made in self.attempt(one, method, recipe, [seed])]
 
     def make(self, one: dict, method: str, recipe: Recipe, seeds: Sequence[int]) -> list[tuple[np.ndarray | None, dict]]:
         """One batch -> for each seed: picture uint8 [H, W, 3], what was measured (seconds: the batch's, shared out)."""
@@ -306,10 +338,10 @@ class Maker:
         start, shares = time.time(), []
         noise = torch.cat([clora.initial_noise(self.model, self.size, self.size, seed) for seed in seeds])
         generators = clora.step_generators(noise, seeds)
-        for step in clora.compose(self.model, plan, recipe, noise, generators):
+        for step in clora.compose(self.model, plan, recipe, noise, generators, self.args.low_memory):
             if step.masks is not None and step.index >= recipe.mask_from:
                 shares.append(step.masks.mean(dim=(2, 3)))                          # [B, V]
-        pictures = clora.decode(self.model, step.latents).numpy()
+        pictures = clora.decode(self.model, step.latents, self.args.low_memory).numpy()
         made = []
         for b, picture in enumerate(pictures):
             facts: dict = {"seconds": round((time.time() - start) / len(seeds), 3)}
@@ -327,11 +359,16 @@ class Maker:
         return made
 
 
+def digest(value) -> str:
+    """16 hex digits of anything that JSON can write."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
 def recipe_of(column: str, settings: dict, changes: dict) -> Recipe:
     """The named recipe, the model's own settings, the command's, and what makes the column what it is."""
     _, name, own = METHODS[column]
     recipe = changed(changed(RECIPES[name], settings.get("recipe", {}), "clora.json"), changes, "--set")
-    return dataclasses.replace(recipe, **own)
+    return changed(recipe, own, column)
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -343,7 +380,8 @@ def read_results(folder: Path) -> list[dict]:
         for text in path.read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError, RecursionError):
                 line = json.loads(text)
-                if isinstance(line, dict) and {"column", "set", "seed", "stamp"} <= line.keys():
+                known = isinstance(line, dict) and {"column", "set", "seed", "stamp"} <= line.keys()
+                if known and isinstance(line["stamp"], dict):
                     lines.append(line)
     return lines
 
@@ -358,6 +396,18 @@ def only_writer(path: Path) -> Iterator[None]:
             except BlockingIOError:
                 raise ValueError(f"another process is writing to {path}; wait for it, or give another --out") from None
         yield
+
+
+def others_write(folder: Path, rank: int) -> bool:
+    """Whether another process of this sweep is still at work."""
+    for path in folder.glob("results-*.jsonl"):
+        if path.name != f"results-{rank}.jsonl":
+            try:
+                with only_writer(path):
+                    pass
+            except ValueError:
+                return True
+    return False
 
 
 def remove_temporaries(folder: Path, names: set[str]) -> None:
@@ -375,7 +425,8 @@ def append_line(path: Path, line: dict) -> None:
 
 
 def bootstrap(values: np.ndarray, groups: np.ndarray, rounds: int = 2000) -> tuple[float, float, float]:
-    """Mean and 95 % interval of `values`, drawing prompts (groups) and then seeds within them with replacement."""
+    """Mean and 95 % interval of `values`, drawing groups (prompts with the same LoRAs) and then images within them with
+    replacement."""
     rng = np.random.default_rng(0)
     members = [values[groups == g] for g in np.unique(groups)]
     means = []
@@ -399,34 +450,48 @@ def by_image(lines: list[dict], columns: list[str]) -> dict[str, dict[tuple[int,
             for column in columns}
 
 
+def group_of(line: dict) -> int:
+    """Images of the same LoRAs are not independent: whatever those cannot do fails in all of them."""
+    return line.get("group", line["set"])
+
+
 def table(lines: list[dict], columns: list[str]) -> str:
-    """Markdown: a row per method; figures with their 95 % interval, the first one's paired difference to merge and clora."""
-    present = [figure for figure in FIGURES if any(figure[1] in line for line in lines)]
-    if not present:
-        return "no image was made"
+    """Markdown: a row per method; figures with their 95 % interval, the first one's paired difference to merge and clora.
+
+    The first is success, where there is a judge. What a part of the images lack (no references, no masks) is of the others.
+    """
     by = by_image(lines, columns)
-    first, key, form = present[0]
-    others = [other for other in ("merge", "clora") if other == "merge" or other in columns]
+    if not any(by.values()):
+        return "no image was made"
+    present = [figure for figure in FIGURES if any(figure[1] in line for line in lines)]
+    # of masks only some methods have any
+    first, key, form = next((figure for figure in present if figure[1] != "mask"), ("nothing", "", ""))
+    others = [other for other in ("merge", "clora") if other in columns and key]
     headings = ["method", "images", *(name for name, _, _ in present), *(f"{first} less {other}'s" for other in others),
                 "seconds"]
     rows = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
 
     def written(form: str, values: list[float], groups: list[int]) -> str:
+        if not values:
+            return ""
         mean, low, high = (form.format(x) for x in bootstrap(np.array(values, float), np.array(groups)))
         return f"{mean} ({low} to {high})"
     for column in columns:
         done = list(by[column].values())
         if not done:
             continue
-        groups = [line["set"] for line in done]
-        cells = [written(form, [line[key] for line in done], groups) if all(key in line for line in done) else ""
-                 for _, key, form in present]
+        cells = []
+        for _, name, written_as in present:
+            own = [line for line in done if name in line]
+            cells.append(written(written_as, [line[name] for line in own], [group_of(line) for line in own]))
         for other in others:
-            pairs = [(at[0], float(line[key]) - float(by[other][at][key])) for at, line in by[column].items()
-                     if column != other and at in by.get(other, {})]
-            cells.append(written(form.replace(":", ":+"), [d for _, d in pairs], [g for g, _ in pairs]) if pairs else "")
+            pairs = [(group_of(line), float(line[key]) - float(by[other][at][key])) for at, line in by[column].items()
+                     if column != other and key in line and key in by[other].get(at, {})]
+            cells.append(written(form.replace(":", ":+"), [d for _, d in pairs], [g for g, _ in pairs]))
         cells.append(f"{np.median([line['seconds'] for line in done]):.1f}")
-        rows.append(f"| {column} | {len(done)} | {' | '.join(cells)} |")
+        asked = len({(line["set"], line["seed"]) for line in lines if line["column"] == column})
+        count = f"{len(done)} of {asked}" if asked > len(done) else str(len(done))          # the others failed
+        rows.append(f"| {column} | {count} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -454,7 +519,8 @@ def curve(lines: list[dict], columns: list[str]) -> Image.Image:
     points = {}
     for column, made in by_image(lines, columns).items():
         if done := [line for line in made.values() if "success" in line]:
-            success, groups = (np.array([float(line[key]) for line in done]) for key in ("success", "set"))
+            success, groups = (np.array([float(x) for x in some]) for some in
+                               ([line["success"] for line in done], map(group_of, done)))
             points[column] = float(np.median([line["seconds"] for line in done])), bootstrap(success, groups)
     most = 1.3 * max((seconds for seconds, _ in points.values()), default=1.0)
 
@@ -485,10 +551,19 @@ def main(args: argparse.Namespace) -> int:
     columns = [name.strip() for name in args.methods.split(",") if name.strip()]
     if unknown := [name for name in columns if name not in METHODS]:
         raise ValueError(f"there is no method called {unknown[0]}; choose from {', '.join(METHODS)}")
+    args.batch = args.batch if args.batch is not None else 3 if is_embedded(args.model) else 1
     if args.batch < 1:
         raise ValueError(f"--batch is {args.batch}; it must be at least 1")
     if not columns or not args.seeds:
         raise ValueError("--methods and --seeds must name at least one each")
+    if args.model and not is_embedded(args.model) and not args.sets:
+        raise ValueError(f"--model {args.model} needs prompts and LoRAs of its own: --sets FILE.json")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not 0 <= rank < world:
+        raise ValueError(f"RANK is {rank} and WORLD_SIZE {world}; a rank must be between 0 and the size less 1")
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"             # torchrun: a GPU for each process
+    args.dtype = args.dtype or ("float16" if args.device.startswith("cuda") else "float32")
     if args.prompts < 1:
         raise ValueError(f"--prompts is {args.prompts}; it must be at least 1")
     check_device(args.device)
@@ -504,7 +579,6 @@ def main(args: argparse.Namespace) -> int:
         name = Path(split_weight(args.style)[0]).stem           # the embedded styles have triggers too
         words = f", {name} style" if not args.sets and name in renderer.STYLES else ""
         sets = [{**one, "prompt": one["prompt"] + words, "style": args.style} for one in sets]
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folder = Path(args.out)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     with only_writer(folder / f"results-{rank}.jsonl"):
@@ -517,10 +591,13 @@ def sweep(args: argparse.Namespace, columns: list[str], changes: dict, sets: lis
     maker = Maker(args)
     recipes = {column: recipe_of(column, maker.model.settings, changes) for column in columns}
     # what every line of a results file must have been made with
-    stamp = {"model": maker.model.hash(), "sets": hashlib.sha256(json.dumps(sets).encode()).hexdigest()[:16],
-             "changes": changes, "dtype": args.dtype, "batch": args.batch, "scores": maker.scores}
+    common = {"model": maker.model.hash(), "sets": digest(sets), "loras": digest(maker.hashes(sets)), "changes": changes,
+              "dtype": args.dtype, "batch": args.batch, "scores": maker.scores}
+    stamps = {column: {**common, "recipe": digest(dataclasses.asdict(recipe))} for column, recipe in recipes.items()}
+    groups = [[file for file, _ in one["loras"]] for one in sets]
     lines = read_results(folder)
     for line in lines:
+        stamp = stamps.get(line["column"], common)
         if different := [key for key in stamp if line["stamp"].get(key) != stamp[key]]:
             raise ValueError(f"{folder} holds results made with another {different[0]} ({line['stamp'].get(different[0])}, "
                              f"now {stamp[different[0]]}); give another --out")
@@ -530,27 +607,35 @@ def sweep(args: argparse.Namespace, columns: list[str], changes: dict, sets: lis
     batches = [(column, number, args.seeds[start:start + args.batch]) for number in range(len(sets))
                for start in range(0, len(args.seeds), args.batch) for column in columns]
     mine = [(column, number, seeds) for n, (column, number, seeds) in enumerate(batches)
-            if n % world == rank and any((column, number, seed) not in done for seed in seeds)]
+            if (n + n // len(columns)) % world == rank and any((column, number, seed) not in done for seed in seeds)]
     remove_temporaries(folder / "images", {f"{column}-{number}-{seed}" for column, number, seeds in mine for seed in seeds})
     if rank == 0:
         remove_temporaries(folder, {"table", "grid"})
+    start = time.time()
     for n, (column, number, seeds) in enumerate(mine):
-        try:
-            made = maker.make(sets[number], METHODS[column][0], recipes[column], seeds)
-        except (ValueError, RuntimeError) as error:
-            made = [(None, {"error": printable(str(error), 1000)}) for _ in seeds]
+        made = maker.attempt(sets[number], METHODS[column][0], recipes[column], seeds)
         for seed, (picture, facts) in zip(seeds, made):
             if (column, number, seed) in done:
                 continue
-            line = {"column": column, "set": number, "seed": seed, "prompt": sets[number]["prompt"], "stamp": stamp, **facts}
+            line = {"column": column, "set": number, "seed": seed, "prompt": sets[number]["prompt"], "stamp": stamps[column],
+                    "group": next(g for g, files in enumerate(groups) if sorted(files) == sorted(groups[number])), **facts}
             if picture is not None:
                 settings = maker.settings(sets[number], *METHODS[column][:2], recipes[column], seed)
                 report.save_picture(folder / f"images/{column}-{number}-{seed}.png", picture, {"column": column, **settings})
             append_line(folder / f"results-{rank}.jsonl", line)
         if not args.quiet:
-            print(f"\r{n + 1} of {len(mine)} batches", end="", file=sys.stderr, flush=True)
+            left = (time.time() - start) / (n + 1) * (len(mine) - n - 1) / 60
+            print(f"\r{n + 1} of {len(mine)} batches, {left:.0f} minutes left ", end="", file=sys.stderr, flush=True)
+    if not args.quiet:
+        print(file=sys.stderr)
+    code = 0
     if rank == 0:
         wanted = {(column, number, seed) for column, number, seeds in batches for seed in seeds}
+
+        def missing() -> int:
+            return len(wanted - {(line["column"], line["set"], line["seed"]) for line in read_results(folder)})
+        while missing() and others_write(folder, rank):
+            time.sleep(0.5)
         lines = [line for line in read_results(folder) if (line["column"], line["set"], line["seed"]) in wanted]
         text = table(lines, columns)
         print(text)
@@ -561,10 +646,15 @@ def sweep(args: argparse.Namespace, columns: list[str], changes: dict, sets: lis
         if args.curve:
             with report.in_place(Path(args.curve)) as path:
                 curve(lines, columns).save(path)
-        failed = [line for line in lines if "error" in line]
+        good = {(line["column"], line["set"], line["seed"]) for line in lines if "error" not in line}
+        failed = {(line["column"], line["set"], line["seed"]): line for line in lines
+                  if "error" in line and (line["column"], line["set"], line["seed"]) not in good}
         if failed:
-            print(f"{len(failed)} images failed; the first: {failed[0]['error']}", file=sys.stderr)
-    return 0
+            print(f"{len(failed)} images failed; the first: {next(iter(failed.values()))['error']}", file=sys.stderr)
+            code = 0 if good else 1
+        if count := missing():
+            print(f"{count} of {len(wanted)} images are still to be made; the table is of the others", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
@@ -572,11 +662,13 @@ if __name__ == "__main__":
     parser.add_argument("--model", default=str(TOY))
     parser.add_argument("--sets", metavar="FILE.json", help="prompts and LoRAs (default: those of the embedded world)")
     parser.add_argument("--split", choices=("tune", "test"), default="test", help="which prompts of the embedded world")
-    parser.add_argument("--prompts", type=int, default=30, help="how many prompts of the embedded world")
+    parser.add_argument("--prompts", type=int, default=6, help="how many prompts of the embedded world (default: 6)")
     parser.add_argument("--subjects", type=int, choices=(1, 2, 3), default=2, help="subjects in each of them")
     parser.add_argument("--style", metavar="FILE[:WEIGHT]", help="a style LoRA on every image")
-    parser.add_argument("--seeds", type=whole_numbers, default=tuple(range(10)), metavar="0-9")
-    parser.add_argument("--batch", type=int, default=10, metavar="N", help="how many seeds to draw at once (default: 10)")
+    parser.add_argument("--seeds", type=whole_numbers, default=(0, 1, 2), metavar="0-9", help="default: 0-2")
+    parser.add_argument("--batch", type=int, metavar="N",
+                        help="how many seeds to draw at once (default: 3 with the embedded model, else 1)")
+    parser.add_argument("--low-memory", action="store_true", help="as in clora.py")
     parser.add_argument("--methods", default=",".join(DEFAULT), metavar="A,B",
                         help=f"from {', '.join(METHODS)} (default: the first {len(DEFAULT)})")
     parser.add_argument("--curve", metavar="FILE.png", help="draw success against time")
@@ -586,7 +678,7 @@ if __name__ == "__main__":
     parser.add_argument("--no-scores", action="store_true", help="no DINO and CLIP scores")
     parser.add_argument("--out", default="runs/evaluate", metavar="FOLDER")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on CUDA, float32 on the CPU")
     parser.add_argument("--quiet", action="store_true")
     try:
         sys.exit(main(parser.parse_args()))

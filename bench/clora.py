@@ -278,6 +278,9 @@ def main(options: argparse.Namespace) -> None:
         who, what, k, side = options.measure
         return measure(who, what, int(k), int(side), options)
     rows, results, rate = [], [], matrix_rate(options)
+    facts = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if options.device == "cuda" else
+             platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "dtype": options.dtype,
+             "low_memory": options.low_memory, "runs": options.runs, "matrix_rate": rate, "results": results}
     for side in options.sizes:
         for k in options.loras:
             print(f"{side}x{side}, {k} LoRAs", file=sys.stderr)
@@ -296,14 +299,12 @@ def main(options: argparse.Namespace) -> None:
                 for who in ("ours", "peer"):
                     found = [one for name, one in held.items() if name.startswith(who)
                              and (what.endswith("image") or name.endswith(what))]
-                    cells.append(found[0]["error"] if found and "error" in found[0] else
+                    failed = [one["error"] for one in found if "error" in one]
+                    cells.append(failed[0] if failed else
                                  f"{max(one['peak'] for one in found) / GIB:.2f}, "
                                  f"{max(one['peak'] - one['weights'] for one in found) / GIB:.2f}" if found else "not run")
                 rows.append("| " + " | ".join(cells) + " |")
-    facts = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if options.device == "cuda" else
-             platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "dtype": options.dtype,
-             "low_memory": options.low_memory, "runs": options.runs, "matrix_rate": rate, "results": results}
-    Path(options.out).write_text(json.dumps(facts, indent=1) + "\n")
+            Path(options.out).write_text(json.dumps(facts, indent=1) + "\n")       # now: the next may take hours
     print(f"matrix rate {rate / 1e12:.3g} TFLOP/s, {options.dtype}, {options.threads} threads\n")
     print("| size | LoRAs | what | ours, s | peer, s | ratio | share | ours: peak, beyond the weights, GiB "
           "| peer: the same |")

@@ -1,7 +1,7 @@
 """Times one forward of the bare UNet and one VAE decode, ours against diffusers: python bench/unet.py
 
 Same random weights (shared), inputs and threads; the two alternate in one process; diffusers uses its own default,
-PyTorch's fused attention. Prints a Markdown table. On CUDA, device events.
+PyTorch's fused attention. Prints a Markdown table. On CUDA the clock is read when the device has ended.
 """
 
 from __future__ import annotations

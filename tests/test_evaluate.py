@@ -1,8 +1,11 @@
 """evaluate.py: a sweep that can stop anywhere, its verdicts and intervals, and bad input."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,6 @@ FAST = ["--prompts", "2", "--seeds", "0-1", "--methods", "merge,base", "--set", 
 
 
 def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    import os
     return subprocess.run([sys.executable, str(ROOT / "evaluate.py"), *arguments], cwd=cwd, capture_output=True, text=True,
                           env={**os.environ, **environment})
 
@@ -58,7 +60,7 @@ def test_a_sweep_is_resumed_and_split_without_a_difference(tmp_path):
     (["--sets", "nowhere.json"], "nowhere.json"), (["--sets", "bad.json"], "cat.safetensors"),
     (["--set", '{"nonsense": 1}'], "nonsense"), (["--model", "nowhere"], "nowhere"),
     (["--batch", "0"], "--batch"), (["--prompts", "0"], "--prompts"), (["--device", "quantum"], "quantum"),
-    (["--set", "{"], "--set")])
+    (["--set", "{"], "--set"), (["--model", str(ROOT / "tests/golden/model")], "--sets")])
 def test_bad_input(arguments, word, tmp_path):
     (tmp_path / "bad.json").write_text(json.dumps([{"prompt": "a cat", "loras": [["cat.safetensors", "cat"]]}]))
     done = run(*FAST, *arguments, cwd=tmp_path)
@@ -72,7 +74,8 @@ GOOD = {"prompt": "a ball", "loras": [[LORA, "ball=zib ball"]]}
 
 @pytest.mark.parametrize("content, word", [
     ("{", "cannot be read"), ("[" * 10 ** 5, "cannot be read"), ("[]", "must hold a list"), ('{"prompt": "x"}', "must hold"),
-    ([1], "set 0 needs"), ([GOOD, {"prompt": "a"}], "set 1 needs"), ([{**GOOD, "prompt": 3}], "prompt is no text"),
+    ([1], "set 0 needs"), ([{**GOOD, "refrences": []}], "refrences is not known"), ([{**GOOD, "truth": 5}], "truth must"),
+    ([GOOD, {"prompt": "a"}], "set 1 needs"), ([{**GOOD, "prompt": 3}], "prompt is no text"),
     ([{**GOOD, "loras": LORA}], "loras must be"), ([{**GOOD, "loras": [LORA]}], "loras must be"),
     ([{**GOOD, "loras": [[LORA, 1]]}], "loras must be"), ([{**GOOD, "loras": [[LORA]]}], "loras must be"),
     ([{**GOOD, "loras": [["no.safetensors", "ball"]]}], "no.safetensors does not exist"), ([{**GOOD, "style": 1}], "style"),
@@ -184,6 +187,83 @@ def test_table_pairs_every_method_with_merge_and_clora():
     assert clora[2].startswith("80% (") and clora[3].startswith("+50% (") and not clora[4].strip()
     assert merge[2].startswith("50% (") and not merge[3].strip() and merge[4].startswith("-50% (")
     assert "clora's" not in evaluate.table([line for line in lines if line["column"] == "merge"], ["merge"])
+
+
+def test_table_without_a_judge():
+    """With models and prompts of one's own there is no success, and masks are CLoRA's alone."""
+    lines = [{"column": column, "set": number, "seed": 0, "seconds": 1.0, "clip": 0.25, **own} for number in range(4)
+             for column, own in (("clora", {"mask": 0.3, "dino_avg": 0.5}), ("merge", {"dino_avg": 0.25} if number else {}))]
+    heading, _, clora, merge = (line.split(" | ") for line in evaluate.table(lines, ["clora", "merge"]).splitlines())
+    assert heading[2:7] == ["mask of a subject", "DINO avg", "CLIP", "DINO avg less merge's", "DINO avg less clora's"]
+    assert clora[2].startswith("30%") and clora[5].startswith("+0.250 (")
+    assert merge[2] == "" and merge[3].startswith("0.250 (")
+    bare = [{key: value for key, value in line.items() if key in ("column", "set", "seed", "seconds")} for line in lines]
+    assert "| merge | 4 | 1.0 |" in evaluate.table(bare, ["clora", "merge"])
+    failed = [{"column": "clora", "set": 9, "seed": 0, "error": "x"}]
+    assert "| clora | 4 of 5 |" in evaluate.table(lines + failed, ["clora", "merge"])
+    assert evaluate.table(failed, ["clora"]) == "no image was made"
+
+
+def test_prompts_with_the_same_loras_are_drawn_together():
+    values = [{"column": "base", "set": n, "seed": seed, "seconds": 1.0, "success": n < 10}
+              for n in range(20) for seed in (0, 1)]
+    alone, paired = ([*values], [{**line, "group": line["set"] // 10} for line in values])
+    assert "50% (30% to 70%)" in evaluate.table(alone, ["base"]) and "50% (0% to 100%)" in evaluate.table(paired, ["base"])
+
+
+@pytest.mark.parametrize("split, subjects", [("test", 2), ("tune", 2), ("test", 3)])
+def test_no_prompt_occurs_twice(split, subjects):
+    prompts = [one["prompt"] for one in evaluate.embedded_sets(split, 30, subjects)]
+    assert len(set(prompts)) == 30
+
+
+def test_scores_by_the_embedded_clip():
+    """A picture is nearest to its own kind, and a caption that names it scores above one that does not."""
+    clip = str(ROOT / "weights/toy/clip")
+    scorer = evaluate.Scorer(clip, clip, "cpu")
+    zib, pel = (evaluate.lesson_pictures(name) for name in ("zib", "pel"))
+    references = [("zib", lambda: zib[8:]), ("pel", lambda: pel[8:])]
+    right, wrong = (scorer.score(zib[0], text, references) for text in ("a zib ball", "a pel ring"))
+    assert right["clip"] > wrong["clip"] and right["dino_min"] < right["dino_avg"] < right["dino_max"]
+    assert scorer.score(zib[0], "a ball", references[:1])["dino_avg"] == right["dino_max"]
+    assert len(scorer.score(zib[0], "a ball", [references[0]] * 2)) == 4 and len(scorer.score(zib[0], "a ball", [])) == 1
+
+
+def test_a_failed_seed_does_not_take_its_batch_with_it(monkeypatch):
+    maker = evaluate.Maker.__new__(evaluate.Maker)
+
+    def make(one, method, recipe, seeds):
+        if 1 in seeds:
+            raise OSError("seed 1 is bad")
+        return [(None, {"seed": seed}) for seed in seeds]
+    monkeypatch.setattr(maker, "make", make, raising=False)
+    facts = [facts for _, facts in maker.attempt({}, "clora", evaluate.Recipe(), (0, 1, 2))]
+    assert facts == [{"seed": 0}, {"error": "seed 1 is bad"}, {"seed": 2}]
+
+
+def test_own_sets_lora_files_that_change_and_ranks(tmp_path):
+    """As with a model of one's own: no judge; and a LoRA that was exchanged under its name is not mixed with the old one."""
+    lora = tmp_path / "mine.safetensors"
+    shutil.copy(LORA, lora)
+    sets = [{"prompt": "a ball and a ring", "loras": [[str(lora), "ball=zib ball"],
+                                                      [LORA.replace("zib", "pel"), "ring=pel ring"]]}]
+    (tmp_path / "sets.json").write_text(json.dumps(sets))
+    own = ["--sets", "sets.json", "--seeds", "0-1", "--set", '{"steps": 2}', "--quiet", "--no-scores"]
+    waiting = subprocess.Popen([sys.executable, str(ROOT / "evaluate.py"), *own, "--methods", "merge,clora"], cwd=tmp_path,
+                               env={**os.environ, "RANK": "1", "WORLD_SIZE": "2"})
+    time.sleep(1)
+    done = run(*own, "--methods", "merge,clora", cwd=tmp_path, RANK="0", WORLD_SIZE="2")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "| merge | 2 |" in done.stdout and "| clora | 2 |" in done.stdout and waiting.wait() == 0
+    assert (tmp_path / "runs/evaluate/grid.png").exists()
+    shutil.copy(LORA.replace("zib", "tam"), lora)
+    done = run(*own, "--methods", "merge,clora", cwd=tmp_path)
+    assert done.returncode == 2 and "another loras" in done.stderr
+    half = run(*own, "--methods", "merge,base", "--out", "half", cwd=tmp_path, RANK="0", WORLD_SIZE="2")
+    assert half.returncode == 0 and "2 of 4 images are still to be made" in half.stderr
+    for ranks in ({"RANK": "3", "WORLD_SIZE": "2"}, {"WORLD_SIZE": "0"}):
+        done = run(*own, cwd=tmp_path, **ranks)
+        assert done.returncode == 2 and "RANK" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_an_image_made_twice_counts_once_in_the_curve():

@@ -1,5 +1,6 @@
 """The embedded model: its world, its judge, and the command without arguments, end to end."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from PIL import Image
 from lora import attach, merged_weights
 from weights import load_model
 from weights.lora import read_lora
-from weights.toy import judge, renderer
+from weights.toy import judge, renderer, train
 
 ROOT = Path(__file__).parents[1]
 TOY = ROOT / "weights/toy"
@@ -114,3 +115,23 @@ def test_the_command_without_arguments_twice(tmp_path):
     assert picture.shape == (128, 128, 3)
     seen = judge.load_judge().look(picture[None])[0]
     assert {"ball", "ring"} <= {one.kind for one in seen}
+
+
+@pytest.mark.parametrize("flags, word", [
+    ({"steps": -1}, "--steps"), ({"decoder_only": True}, "--init"), ({"keep_latents": True}, "--init"),
+    ({"stage": "judge", "init": True}, "--init is for --stage vae"), ({"only": ["zib"]}, "--only is for --stage lora")])
+def test_training_refuses_flags_that_would_spoil_the_weights(flags, word):
+    args = dict(stage="vae", init=False, only=None, decoder_only=False, keep_latents=False, steps=None, threads=None)
+    with pytest.raises(ValueError, match=word):
+        train.main(argparse.Namespace(**(args | flags)))
+
+
+def test_a_run_is_resumed_with_its_own_flags_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "WORK", tmp_path)
+    args = dict(init=False, decoder_only=False, keep_latents=False, steps=1, resume=True)
+    layer = torch.nn.Linear(2, 1)
+    run = train.Run("vae", {"layer": layer}, 1e-3, 9, argparse.Namespace(**args))
+    run.backward(layer(torch.ones(1, 2)).sum())
+    assert train.Run("vae", {"layer": layer}, 1e-3, 9, argparse.Namespace(**args)).step == 1
+    with pytest.raises(ValueError, match="other flags"):
+        train.Run("vae", {"layer": layer}, 1e-3, 9, argparse.Namespace(**(args | {"init": True})))

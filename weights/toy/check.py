@@ -147,7 +147,8 @@ def check_maps(model: Model) -> None:
             match = next((found for found in seen if found.kind == thing.kind), None)
             if match is None:
                 continue
-            reach = max(16.0, 4.6 * match.cells ** 0.5)         # half the side of a square of as many cells
+            # half the side of a square of as many cells, and 15 % more: no object is a square
+            reach = max(16.0, 4.6 * match.cells ** 0.5)
             centres = (np.arange(8) + 0.5) * 16
             box = (abs(centres[:, None] - match.y) < reach) & (abs(centres[None] - match.x) < reach)
             heat = one[:, :, model.text.find(prompt, thing.kind)[0]].numpy()

@@ -14,6 +14,7 @@ tokenizer/, scheduler/, loras/. Run vae first, then unet, then lora. On CPU and 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import re
@@ -58,8 +59,12 @@ class Run:
         self.step, self.seconds = 0, 0.0
         self.path = WORK / f"{name}.pt"
         WORK.mkdir(exist_ok=True)
+        self.flags = {"steps": self.steps, "init": args.init, "decoder_only": args.decoder_only,
+                      "keep_latents": args.keep_latents}
         if args.resume and self.path.exists():
             state = torch.load(self.path, map_location="cpu", weights_only=True)
+            if state.get("flags", self.flags) != self.flags:
+                raise ValueError(f"{self.path} is of a run with other flags ({state['flags']}); move it away to begin anew")
             self.modules.load_state_dict(state["modules"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.ema = [e.to(p.device) for e, p in zip(state["ema"], self.parameters)]
@@ -97,7 +102,7 @@ class Run:
                 log.write(json.dumps(line) + "\n")
         if self.step % 250 == 0 or self.step == self.steps:
             state = {"modules": self.modules.state_dict(), "optimizer": self.optimizer.state_dict(), "ema": self.ema,
-                     "step": self.step, "seconds": self.seconds}
+                     "flags": self.flags, "step": self.step, "seconds": self.seconds}
             torch.save(state, self.path.with_suffix(".tmp"))
             self.path.with_suffix(".tmp").replace(self.path)
 
@@ -316,7 +321,8 @@ def map_loss(probs: dict[str, Tensor], where: Tensor, weight: Tensor) -> Tensor:
 def cached_scenes(vae: VAE, device: str, count: int = SCENES) -> dict:
     """Latents (mean and deviation), captions and object positions of `count` training scenes, made once."""
     WORK.mkdir(exist_ok=True)
-    path = WORK / f"scenes-{count}.pt"
+    known = hashlib.sha256(b"".join(value.cpu().numpy().tobytes() for value in vae.state_dict().values())).hexdigest()[:8]
+    path = WORK / f"scenes-{count}-{known}.pt"              # latents of another VAE are of no use
     if path.exists():
         return torch.load(path, weights_only=True)
     rng = np.random.default_rng(7)
@@ -661,6 +667,16 @@ STAGES = {"vae": train_vae, "unet": train_unet, "lora": train_lora, "judge": tra
 
 
 def main(args: argparse.Namespace) -> None:
+    """ValueError: flags that the stage does not have, or that would train on nothing."""
+    for flag, given, stages in (("--init", args.init, ("vae", "unet", "lora")), ("--only", args.only, ("lora",)),
+                                ("--decoder-only", args.decoder_only, ("vae",)),
+                                ("--keep-latents", args.keep_latents, ("vae",))):
+        if given and args.stage not in stages:
+            raise ValueError(f"{flag} is for --stage {' and '.join(stages)}")
+    if (args.decoder_only or args.keep_latents) and not args.init:
+        raise ValueError("--decoder-only and --keep-latents begin at trained weights: add --init")
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(f"--steps is {args.steps}; it must be at least 1")
     if args.threads:
         torch.set_num_threads(args.threads)
     STAGES[args.stage](args)
@@ -678,4 +694,8 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--fp32", action="store_true", help="no bfloat16: faster on CPUs that only emulate it")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    main(parser.parse_args())
+    try:
+        main(parser.parse_args())
+    except ValueError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
