@@ -121,14 +121,15 @@ def test_the_command_without_arguments_twice(tmp_path):
     ({"steps": -1}, "--steps"), ({"decoder_only": True}, "--init"), ({"keep_latents": True}, "--init"),
     ({"stage": "judge", "init": True}, "--init is for --stage vae"), ({"only": ["zib"]}, "--only is for --stage lora")])
 def test_training_refuses_flags_that_would_spoil_the_weights(flags, word):
-    args = dict(stage="vae", init=False, only=None, decoder_only=False, keep_latents=False, steps=None, threads=None)
+    args = {"stage": "vae", "init": False, "only": None, "decoder_only": False, "keep_latents": False, "steps": None,
+            "threads": None}
     with pytest.raises(ValueError, match=word):
         train.main(argparse.Namespace(**(args | flags)))
 
 
 def test_a_run_is_resumed_with_its_own_flags_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "WORK", tmp_path)
-    args = dict(init=False, decoder_only=False, keep_latents=False, steps=1, resume=True)
+    args = {"init": False, "decoder_only": False, "keep_latents": False, "steps": 1, "resume": True}
     layer = torch.nn.Linear(2, 1)
     run = train.Run("vae", {"layer": layer}, 1e-3, 9, argparse.Namespace(**args))
     run.backward(layer(torch.ones(1, 2)).sum())
