@@ -105,13 +105,15 @@ def embedded_sets(split: str, prompts: int, subjects: int) -> list[dict]:
     instances = {instance.name: instance for instance in renderer.INSTANCES}
     backgrounds = [words for _, _, words in renderer.BACKGROUNDS.values()]
     sets: list[dict] = []
+    drawn = 0
     while len(sets) < prompts:
         chosen = [str(name) for name in rng.choice(names, subjects, replace=False)]
         if subjects == 2 and tuple(sorted(chosen, key=names.index)) not in allowed:
             continue
         kinds = [instances[name].kind for name in chosen]
         listing = " and ".join([", ".join(f"a {kind}" for kind in kinds[:-1]), f"a {kinds[-1]}"])
-        prompt = f"{listing} {backgrounds[len(sets) % len(backgrounds)]}"
+        prompt = f"{listing} {backgrounds[drawn % len(backgrounds)]}"
+        drawn += 1
         if any(one["prompt"] == prompt for one in sets):
             continue
         sets.append({"prompt": prompt,
@@ -547,7 +549,7 @@ def curve(lines: list[dict], columns: list[str]) -> Image.Image:
     return sheet
 
 
-def main(args: argparse.Namespace) -> int:
+def evaluate(args: argparse.Namespace) -> int:
     columns = [name.strip() for name in args.methods.split(",") if name.strip()]
     if unknown := [name for name in columns if name not in METHODS]:
         raise ValueError(f"there is no method called {unknown[0]}; choose from {', '.join(METHODS)}")
@@ -657,7 +659,7 @@ def sweep(args: argparse.Namespace, columns: list[str], changes: dict, sets: lis
     return code
 
 
-if __name__ == "__main__":
+def make_parser() -> Parser:
     parser = Parser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(TOY))
     parser.add_argument("--sets", metavar="FILE.json", help="prompts and LoRAs (default: those of the embedded world)")
@@ -680,11 +682,20 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on CUDA, float32 on the CPU")
     parser.add_argument("--quiet", action="store_true")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """-> exit code: 0, 1 when no image could be made, 2 for bad input, 130 when interrupted."""
     try:
-        sys.exit(main(parser.parse_args()))
+        return evaluate(make_parser().parse_args(argv))
     except (ValueError, OSError) as error:
         print(f"evaluate: {printable(str(error), 1000)}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
         print("\nevaluate: interrupted; started again, it goes on where it was", file=sys.stderr)
-        sys.exit(130)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -567,7 +567,7 @@ def test_settings_of_images(quick, folder, loras, tmp_path):
         return copy
 
     def cases():
-        for n in range(240):
+        for n in range(120):
             info, new = PngImagePlugin.PngInfo(), dict(chunks)
             key = rng.choice(("model", "loras", "style", "recipe", "command", "command"))
             if key == "command":
