@@ -116,7 +116,7 @@ def make_parser(add_help: bool = True) -> Parser:
             options["choices"] = CHOICES.get(field.name)
             options["metavar"] = None if options["choices"] else {float: "X", str: "X"}.get(type(default), "N")
         group.add_argument(flag, **options)
-    parser.set_defaults(recorded={}, given=set())                        # a recipe's values as the image of --from has them
+    parser.set_defaults(recorded={}, given=set())           # what the image of --from has, and what the flags replace of it
     return parser
 
 

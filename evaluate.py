@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -392,23 +393,32 @@ def read_results(folder: Path) -> list[dict]:
 def only_writer(path: Path) -> Iterator[None]:
     """Nobody else writes this file within the block; ValueError if somebody does. A killed process leaves no lock."""
     with open(path, "ab") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"another process is writing to {path}; wait for it, or give another --out") from None
+        for _ in range(10):                             # `others_write` may hold it for a moment
+            if not (taken := is_locked(file)):
+                break
+            time.sleep(0.05)
+        if taken:
+            raise ValueError(f"another process is writing to {path}; wait for it, or give another --out")
         yield
+
+
+def is_locked(file: BinaryIO) -> bool:
+    """Whether another process holds the lock; if not, this one does until the file is closed."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def others_write(folder: Path, rank: int) -> bool:
     """Whether another process of this sweep is still at work."""
     for path in folder.glob("results-*.jsonl"):
         if path.name != f"results-{rank}.jsonl":
-            try:
-                with only_writer(path):
-                    pass
-            except ValueError:
-                return True
+            with open(path, "ab") as file:
+                if is_locked(file):
+                    return True
     return False
 
 
@@ -590,6 +600,7 @@ def evaluate(args: argparse.Namespace) -> int:
 def sweep(args: argparse.Namespace, columns: list[str], changes: dict, sets: list[dict], rank: int, world: int,
           folder: Path) -> int:
     """Makes what is missing of this process' share, then the table of all there is (rank 0)."""
+    start = time.time()
     maker = Maker(args)
     recipes = {column: recipe_of(column, maker.model.settings, changes) for column in columns}
     # what every line of a results file must have been made with
@@ -613,7 +624,7 @@ def sweep(args: argparse.Namespace, columns: list[str], changes: dict, sets: lis
     remove_temporaries(folder / "images", {f"{column}-{number}-{seed}" for column, number, seeds in mine for seed in seeds})
     if rank == 0:
         remove_temporaries(folder, {"table", "grid"})
-    start = time.time()
+    began = time.time()
     for n, (column, number, seeds) in enumerate(mine):
         made = maker.attempt(sets[number], METHODS[column][0], recipes[column], seeds)
         for seed, (picture, facts) in zip(seeds, made):
@@ -626,7 +637,7 @@ def sweep(args: argparse.Namespace, columns: list[str], changes: dict, sets: lis
                 report.save_picture(folder / f"images/{column}-{number}-{seed}.png", picture, {"column": column, **settings})
             append_line(folder / f"results-{rank}.jsonl", line)
         if not args.quiet:
-            left = (time.time() - start) / (n + 1) * (len(mine) - n - 1) / 60
+            left = (time.time() - began) / (n + 1) * (len(mine) - n - 1) / 60
             print(f"\r{n + 1} of {len(mine)} batches, {left:.0f} minutes left ", end="", file=sys.stderr, flush=True)
     if not args.quiet:
         print(file=sys.stderr)
@@ -636,7 +647,8 @@ def sweep(args: argparse.Namespace, columns: list[str], changes: dict, sets: lis
 
         def missing() -> int:
             return len(wanted - {(line["column"], line["set"], line["seed"]) for line in read_results(folder)})
-        while missing() and others_write(folder, rank):
+        # the others may have begun a few seconds later
+        while missing() and (others_write(folder, rank) or (world > 1 and time.time() < start + 10)):
             time.sleep(0.5)
         lines = [line for line in read_results(folder) if (line["column"], line["set"], line["seed"]) in wanted]
         text = table(lines, columns)

@@ -271,7 +271,6 @@ def test_own_sets_lora_files_that_change_and_ranks(here, tmp_path):
     deadline = time.time() + 60
     while not (tmp_path / "runs/evaluate/results-1.jsonl").exists() and time.time() < deadline:
         time.sleep(0.05)
-    time.sleep(0.2)
     done = here(*own, "--methods", "merge,clora", RANK="0", WORLD_SIZE="2")
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert "| merge | 2 |" in done.stdout and "| clora | 2 |" in done.stdout and waiting.wait() == 0
