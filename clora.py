@@ -446,8 +446,9 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
 
 
 def expect_finite(finite: Sequence[Tensor]) -> None:
-    for step in (n for n, one in enumerate(finite) if not one):
-        raise ValueError(f"the latents became NaN at step {step}: try --dtype float32, a smaller --alpha or other weights")
+    for i, one in enumerate(finite):
+        if not one:
+            raise ValueError(f"the latents became NaN at step {i}: try --dtype float32, a smaller --alpha or other weights")
 
 
 def decode(model: Model, latents: Tensor, low_memory: bool = False) -> Tensor:

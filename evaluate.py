@@ -124,6 +124,11 @@ def embedded_sets(split: str, prompts: int, subjects: int) -> list[dict]:
     return sets
 
 
+def files_of(one: dict) -> list[str]:
+    """The LoRA files of a set, with their weights, the style's last."""
+    return [*(file for file, _ in one["loras"]), *filter(None, [one.get("style")])]
+
+
 def read_sets(path: Path) -> list[dict]:
     try:
         sets = json.loads(path.read_text())
@@ -146,9 +151,9 @@ def read_sets(path: Path) -> list[dict]:
                 isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
                 for pair in one["loras"]):
             raise ValueError(f'{path}: set {number}: loras must be a list of [FILE, "SUBJECT=TRIGGER"]')
-        if not isinstance(style := one.get("style", ""), str):
+        if not isinstance(one.get("style", ""), str):
             raise ValueError(f"{path}: set {number}: the style is no file name")
-        for file in [*(file for file, _ in one["loras"]), *([style] if style else [])]:
+        for file in files_of(one):
             name = split_weight(file)[0]
             if name in there:
                 continue
@@ -322,8 +327,7 @@ class Maker:
 
     def hashes(self, sets: Sequence[dict]) -> list[str]:
         """Of every LoRA file that the sets name."""
-        names = {split_weight(file)[0] for one in sets
-                 for file in [*(file for file, _ in one["loras"]), *([one["style"]] if "style" in one else [])]}
+        names = {split_weight(file)[0] for one in sets for file in files_of(one)}
         return [hashlib.sha256(find_lora(name).read_bytes()).hexdigest() for name in sorted(names)]
 
     def attempt(self, one: dict, method: str, recipe: Recipe, seeds: Sequence[int]) -> list[tuple[np.ndarray | None, dict]]:
@@ -454,6 +458,10 @@ FIGURES = (("success", "success", "{:.0%}"), ("a subject is missing", "missing",
            ("a texture leaks", "leak", "{:.0%}"), ("the style is there", "styled", "{:.0%}"),
            ("mask of a subject", "mask", "{:.0%}"), ("DINO min", "dino_min", "{:.3f}"),
            ("DINO avg", "dino_avg", "{:.3f}"), ("DINO max", "dino_max", "{:.3f}"), ("CLIP", "clip", "{:.3f}"))
+
+
+def image_of(line: dict) -> tuple[str, int, int]:
+    return line["column"], line["set"], line["seed"]
 
 
 def by_image(lines: list[dict], columns: list[str]) -> dict[str, dict[tuple[int, int], dict]]:
@@ -607,14 +615,15 @@ def sweep(args: argparse.Namespace, columns: list[str], changes: dict, sets: lis
     common = {"model": maker.model.hash(), "sets": digest(sets), "loras": digest(maker.hashes(sets)), "changes": changes,
               "dtype": args.dtype, "batch": args.batch, "scores": maker.scores}
     stamps = {column: {**common, "recipe": digest(dataclasses.asdict(recipe))} for column, recipe in recipes.items()}
-    groups = [[file for file, _ in one["loras"]] for one in sets]
+    files = [sorted(file for file, _ in one["loras"]) for one in sets]
+    groups = [files.index(some) for some in files]
     lines = read_results(folder)
     for line in lines:
         stamp = stamps.get(line["column"], common)
         if different := [key for key in stamp if line["stamp"].get(key) != stamp[key]]:
             raise ValueError(f"{folder} holds results made with another {different[0]} ({line['stamp'].get(different[0])}, "
                              f"now {stamp[different[0]]}); give another --out")
-    done = {(line["column"], line["set"], line["seed"]) for line in lines if "error" not in line}
+    done = {image_of(line) for line in lines if "error" not in line}
     # A batch is always made as a whole, though only what is missing of it is kept: rounding depends on a batch's size,
     # and a sweep that was interrupted or split must end with the same figures.
     batches = [(column, number, args.seeds[start:start + args.batch]) for number in range(len(sets))
@@ -631,7 +640,7 @@ def sweep(args: argparse.Namespace, columns: list[str], changes: dict, sets: lis
             if (column, number, seed) in done:
                 continue
             line = {"column": column, "set": number, "seed": seed, "prompt": sets[number]["prompt"], "stamp": stamps[column],
-                    "group": next(g for g, files in enumerate(groups) if sorted(files) == sorted(groups[number])), **facts}
+                    "group": groups[number], **facts}
             if picture is not None:
                 settings = maker.settings(sets[number], *METHODS[column][:2], recipes[column], seed)
                 report.save_picture(folder / f"images/{column}-{number}-{seed}.png", picture, {"column": column, **settings})
@@ -646,11 +655,11 @@ def sweep(args: argparse.Namespace, columns: list[str], changes: dict, sets: lis
         wanted = {(column, number, seed) for column, number, seeds in batches for seed in seeds}
 
         def missing() -> int:
-            return len(wanted - {(line["column"], line["set"], line["seed"]) for line in read_results(folder)})
+            return len(wanted - {image_of(line) for line in read_results(folder)})
         # the others may have begun a few seconds later
         while missing() and (others_write(folder, rank) or (world > 1 and time.time() < start + 10)):
             time.sleep(0.5)
-        lines = [line for line in read_results(folder) if (line["column"], line["set"], line["seed"]) in wanted]
+        lines = [line for line in read_results(folder) if image_of(line) in wanted]
         text = table(lines, columns)
         print(text)
         with report.in_place(folder / "table.md") as path:
@@ -660,9 +669,8 @@ def sweep(args: argparse.Namespace, columns: list[str], changes: dict, sets: lis
         if args.curve:
             with report.in_place(Path(args.curve)) as path:
                 curve(lines, columns).save(path)
-        good = {(line["column"], line["set"], line["seed"]) for line in lines if "error" not in line}
-        failed = {(line["column"], line["set"], line["seed"]): line for line in lines
-                  if "error" in line and (line["column"], line["set"], line["seed"]) not in good}
+        good = {image_of(line) for line in lines if "error" not in line}
+        failed = {image_of(line): line for line in lines if "error" in line and image_of(line) not in good}
         if failed:
             print(f"{len(failed)} images failed; the first: {next(iter(failed.values()))['error']}", file=sys.stderr)
             code = 0 if good else 1

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +21,10 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))            # so that it runs as a script from anywhere
 
-from clora import RECIPES, Subject, compose, initial_noise, make_plan
+from clora import Subject, compose, initial_noise, make_plan, recipe_for
 from lora import attach, merged_weights
 from scheduler import make_scheduler
 from weights import Model, load_model
-from weights.lora import read_lora
 from weights.toy import renderer
 from weights.toy.judge import LOOKS, draws_all, judge_scene, load_judge, look_of
 
@@ -160,10 +158,10 @@ def check_maps(model: Model) -> None:
 def check_masks(model: Model, count: int = 40) -> None:
     """Two LoRAs, no latent updates: how much of the picture each one's mask takes, mean of all steps."""
     from evaluate import embedded_sets
-    recipe = replace(RECIPES["paper"], **{**model.settings.get("recipe", {}), "update_until": -1})
+    recipe = recipe_for(model, update_until=-1)
     shares = []
     for number, one in enumerate(embedded_sets("tune", count, 2)):
-        subjects = [Subject(read_lora(file, model.unet, model.text.model), *words.split("="))
+        subjects = [Subject(model.lora(file), *words.split("="))
                     for file, words in one["loras"]]
         plan = make_plan(model, one["prompt"], subjects, recipe=recipe)
         steps = compose(model, plan, recipe, initial_noise(model, 128, 128, number))
@@ -177,7 +175,7 @@ def check_masks(model: Model, count: int = 40) -> None:
 def check_lora(model: Model, count: int) -> None:
     backgrounds = [words for _, _, words in renderer.BACKGROUNDS.values()]
     for path in sorted((HERE / "loras").glob("*.safetensors")):
-        lora, right = read_lora(path, model.unet, model.text.model), 0
+        lora, right = model.lora(path), 0
         instance = next((one for one in renderer.INSTANCES if one.name == path.stem), None)
         kinds = renderer.KINDS
         for start in range(0, count, 20):

@@ -35,7 +35,6 @@ sys.path.insert(0, str(HERE.parents[1]))            # so that it runs as a scrip
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 from weights import Model, load_model
-from weights.lora import read_lora
 from weights.toy import renderer
 
 VAE_CONFIG = {
@@ -473,7 +472,7 @@ def save_lora(path: Path, factors: dict[str, Factors], text_factors: dict[str, F
 
 def load_factors(path: Path, model: Model, factors: dict[str, Factors], text_factors: dict[str, Factors]) -> None:
     """Begins at a file that save_lora wrote; if its rank is lower, the ranks beyond begin at no change."""
-    lora = read_lora(path, model.unet, model.text.model)
+    lora = model.lora(path)
     for group, layers in ((factors, lora.unet), (text_factors, lora.text_encoder)):
         for key, factor in group.items():
             layer = layers.get(key) or layers[f"text_model.{key}"]
