@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
 import io
 import os
 import re
 import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -30,7 +32,9 @@ from weights.lora import describe, printable, trigger_words
 # first call.
 os.environ.setdefault("MKL_CBWR", "AUTO")
 REPOSITORY = Path(__file__).resolve().parent
-TOY = Path(os.path.relpath(REPOSITORY / "weights" / "toy"))          # relative: short in messages
+TOY = REPOSITORY / "weights" / "toy"
+with contextlib.suppress(ValueError):       # Windows: from another drive there is no relative path
+    TOY = Path(os.path.relpath(TOY))        # short in messages
 DEMO = {"prompt": "a ball and a ring on the grass",
         "lora": [[str(TOY / "loras/zib.safetensors"), "ball=zib ball"],
                  [str(TOY / "loras/pel.safetensors"), "ring=pel ring"]]}
@@ -58,14 +62,15 @@ def whole_numbers(text: str) -> tuple[int, ...]:
         if len(numbers) + last - first >= 100_000:
             raise argparse.ArgumentTypeError("more than 100,000 numbers")
         numbers += range(first, last + 1)
-    return tuple(numbers)
+    return tuple(dict.fromkeys(numbers))
 
 
 def make_parser(add_help: bool = True) -> Parser:
     parser = Parser(prog="clora.py", add_help=add_help,
                     description="Composes several LoRAs in one Stable Diffusion 1.5 image (CLoRA).",
                     epilog="Without --prompt and --lora it runs a demonstration on the small embedded model.")
-    add = parser.add_argument_group("what to draw").add_argument
+    group = parser.add_argument_group("what to draw")
+    add = group.add_argument
     add("--model", default=str(TOY), metavar="MODEL",
         help="diffusers folder, single-file .safetensors or .ckpt, or hub id (default: the embedded model)")
     add("--prompt", help=f"names every subject's word once (default: {DEMO['prompt']!r})")
@@ -75,8 +80,9 @@ def make_parser(add_help: bool = True) -> Parser:
              "word in its own prompt; repeat for more")
     add("--style", metavar="FILE[:WEIGHT]", help="a LoRA added to every variant, a file or on the hub ('': none, "
         "where the image of --from has one)")
-    add("--seed", type=int, default=0, help="initial noise as diffusers draws it on the CPU (default: 0)")
-    add("--seeds", type=whole_numbers, metavar="0-9", help="several seeds, one image each")
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--seed", type=int, default=0, help="initial noise as diffusers draws it on the CPU (default: 0)")
+    either.add_argument("--seeds", type=whole_numbers, metavar="0-9", help="several seeds, one image each")
     add("--height", type=int, help="pixels, a multiple of 8 (default: the model's)")
     add("--width", type=int, help="pixels, a multiple of 8 (default: the model's)")
     add("--method", choices=METHODS, default="clora", help="clora, or a baseline (default: clora)")
@@ -163,6 +169,10 @@ def changed(recipe: Recipe, values: dict, where: str) -> Recipe:
     return recipe
 
 
+def is_embedded(model: str) -> bool:
+    return Path(model).resolve() == REPOSITORY / "weights" / "toy"
+
+
 def check_device(device: str) -> None:
     try:
         torch.empty(1, device=device)
@@ -246,14 +256,17 @@ def draw(model: Model, plan: clora.Plan, recipe: Recipe, noise: torch.Tensor, se
 def run(args: argparse.Namespace) -> None:
     demo = args.prompt is None and args.lora is None
     if demo:
+        if not is_embedded(args.model):
+            raise ValueError(f"--model {args.model} is given without --prompt; write what to draw")
         args.prompt, args.lora = DEMO["prompt"], DEMO["lora"]
     args.lora, args.style = args.lora or [], args.style or None
     if args.prompt is None:
         raise ValueError("--lora is given without --prompt; write the prompt that names its subject")
     if args.method != "base" and not args.lora and not args.style:
         raise ValueError("no LoRA is given; add --lora FILE SUBJECT=TRIGGER, or use --method base")
-    if args.report and (args.method != "clora" or not args.lora):
-        raise ValueError("--report shows the maps of subjects; use it with --lora and --method clora")
+    for flag, given in (("--report", args.report), ("--panel", args.panel)):
+        if given and (args.method != "clora" or not args.lora):
+            raise ValueError(f"{flag} shows the maps of subjects; use it with --lora and --method clora")
     if not (seeds := args.seeds if args.seeds is not None else (args.seed,)):
         raise ValueError("--seeds names no seed")
     if any(not -2**63 <= seed < 2**64 for seed in seeds):
@@ -270,16 +283,18 @@ def run(args: argparse.Namespace) -> None:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
         trace = Path(args.trace) if args.trace else None
+        traces: dict[int, Path] = {}                        # by seed
         place = args.trace
         if trace is not None:
             if trace.suffix != ".safetensors":
                 raise ValueError(f"--trace {trace} must end in .safetensors")
-            if trace.exists() and not trace.is_file():
-                raise ValueError(f"--trace {trace} is a folder or a device; name a file")
-            if trace.exists() and any(Path(split_weight(file)[0]).exists() and trace.samefile(split_weight(file)[0])
-                                      for file in filter(None, [args.model, args.style, *(file for file, _ in args.lora)])):
-                raise ValueError(f"--trace {trace} would replace a file that is read; name another")
+            traces = {seed: trace if len(seeds) == 1 else trace.with_stem(f"{trace.stem}-{seed}") for seed in seeds}
+            for path in traces.values():
+                if path.exists() and not path.is_file():
+                    raise ValueError(f"--trace {path} is a folder or a device; name a file")
             tempfile.TemporaryFile(dir=trace.parent).close()
+        stems = {f"{args.method}-{seed}{part}" for seed in seeds for part in ("", "-panel")}
+        report.remove_temporaries(out, stems, age=3600)     # of runs that were killed; a younger one may be at work
         for seed in seeds:
             if (path := out / f"{args.method}-{seed}.png").is_dir():
                 raise ValueError(f"{path} is a folder where the image would be; move it or give another --out")
@@ -294,12 +309,16 @@ def run(args: argparse.Namespace) -> None:
     size = (default if args.height is None else args.height, default if args.width is None else args.width)
     clora.initial_noise(model, *size, seeds[0])             # refuses sizes that do not fit
     subjects, style = read_subjects(args, model)
+    read = {path.resolve() for path in (*model.files, *(s.lora.path for s in subjects), *([style[0].path] if style else []))}
+    if replaced := [str(path) for path in traces.values() if path.resolve() in read]:
+        raise ValueError(f"--trace {replaced[0]} would replace a file that is read; name another")
     plan = clora.make_plan(model, args.prompt, subjects, style, args.negative, args.method, recipe)
     if args.source:
         for line in (stale := rerun.changed_files(args, model, subjects, style)):
             print(f"clora: warning: {printable(line, 1000)}", file=sys.stderr)
         for seed in seeds:
-            same = settings_of(args, recipe, model, subjects, style, seed, size)["command"] == args.chunks["command"]
+            command = settings_of(args, recipe, model, subjects, style, seed, size)["command"]
+            same = rerun.same_command(command, args.chunks["command"], by_name=not args.given)
             if (out / f"{args.method}-{seed}.png").resolve() == Path(args.source).resolve() and (stale or not same):
                 raise ValueError(f"this would replace {args.source} with another image; give another --out")
     for text in filter(None, [args.prompt, args.negative]):
@@ -327,9 +346,8 @@ def run(args: argparse.Namespace) -> None:
             report.save_picture(path, pictures[args.method], settings)
             print(path)
             if trace is not None:
-                path = trace if len(seeds) == 1 else trace.with_stem(f"{trace.stem}-{seed}")
-                report.save_trace(path, [step.picture(b) for step in steps])
-                print(path)
+                report.save_trace(traces[seed], [step.picture(b) for step in steps])
+                print(traces[seed])
             if panel:
                 names = [subject.trigger for subject in subjects]
                 path = out / f"{args.method}-{seed}-panel.png"
@@ -350,7 +368,7 @@ def inspect_files(files: Sequence[str]) -> int:
     code = 0
     for file in files:
         try:
-            lines = describe(find_lora(file)).items()
+            lines = describe(find_lora(split_weight(file)[0])).items()
         except ValueError as error:
             print(f"clora: {printable(str(error), 1000)}", file=sys.stderr)
             code = 2
@@ -370,7 +388,8 @@ def main(argv: list[str] | None = None) -> int:
         args = make_parser().parse_args(argv)
         if args.inspect:
             code = inspect_files(args.inspect)
-            sys.stdout.flush()
+            if sys.stdout is not None:              # None: closed by who started this
+                sys.stdout.flush()
             return code
         run(rerun.recall(argv, Path(args.source), make_parser) if args.source else args)
         return 0
@@ -390,7 +409,8 @@ def main(argv: list[str] | None = None) -> int:
     except UnicodeEncodeError as error:
         message = f"{error.object[error.start:error.end]!r} in an argument is not valid UTF-8; write it as text"
     except (ValueError, OSError) as error:
-        message = printable(str(error), 1000)
+        nameless = isinstance(error, OSError) and error.strerror and error.filename is None
+        message = printable(f"the output cannot be written ({error})" if nameless else str(error), 1000)
     except KeyboardInterrupt:
         print("\nclora: interrupted; finished images are kept", file=sys.stderr)
         return 130
@@ -398,3 +418,11 @@ def main(argv: list[str] | None = None) -> int:
     return 2
 
 
+def start() -> int:
+    """`main`, where this process is the command: ended by a signal, it leaves no half-written file, as after Ctrl-C."""
+    def end(number: int, _) -> None:
+        sys.exit(128 + number)
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) is signal.SIG_DFL:      # nohup: ignored, and so it stays
+            signal.signal(number, end)
+    return main()

@@ -18,7 +18,7 @@ SD 1.5), T = 77 tokens. In a batch for the UNet, the rows of a picture stand tog
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -204,8 +204,23 @@ class Plan:
         return (self.context if self.keys is None else self.keys)[index], self.adapters[index]
 
 
-def swap_word(prompt: str, word: str, replacement: str) -> str:
-    return re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", lambda _: replacement, prompt, count=1, flags=re.IGNORECASE)
+def swap_words(prompt: str, replacements: Mapping[str, str]) -> str:
+    """The prompt with every word replaced, all at once: whole words, whatever their case and the spaces within them.
+
+    ValueError: a word is only part of a longer one, or of another of them.
+    """
+    words = sorted(replacements, key=len, reverse=True)
+    pattern = "|".join("(" + r"\s+".join(map(re.escape, word.split())) + ")" for word in words)
+    found = set[str]()
+
+    def swap(match: re.Match) -> str:
+        found.add(word := words[(match.lastindex or 1) - 1])
+        return replacements[word]
+    swapped = re.sub(rf"(?<!\w)(?:{pattern})(?!\w)", swap, prompt, flags=re.IGNORECASE) if words else prompt
+    for word in replacements:
+        if word not in found:
+            raise ValueError(f'"{word}" is no word of its own in the prompt "{prompt}"; write spaces around it')
+    return swapped
 
 
 @torch.no_grad()
@@ -224,10 +239,8 @@ def make_plan(model: Model, prompt: str, subjects: Sequence[Subject] = (), style
         model.text.find(prompt, word)
         if words.count(word) > 1:
             raise ValueError(f'two LoRAs are given for the subject "{word}"; each needs a word of its own')
-    everyone = prompt
-    for subject in subjects:
-        everyone = swap_word(everyone, subject.word, subject.trigger)
-    own = [swap_word(prompt, subject.word, subject.trigger) for subject in subjects]
+    everyone = swap_words(prompt, {subject.word: subject.trigger for subject in subjects})
+    own = [swap_words(prompt, {subject.word: subject.trigger}) for subject in subjects]
     one_hot = [[float(i == k) * (1.0 if s.weight is None else s.weight) for i in range(len(subjects))]
                for k, s in enumerate(subjects)]
     nothing = [0.0] * len(subjects)
@@ -465,5 +478,5 @@ def decode(model: Model, latents: Tensor, low_memory: bool = False) -> Tensor:
 if __name__ == "__main__":
     import sys
 
-    from cli import main
-    sys.exit(main())
+    from cli import start
+    sys.exit(start())

@@ -21,6 +21,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import clora
 import report
-from cli import DTYPES, TOY, Parser, changed, check_device, settings_of, whole_numbers
+from cli import DTYPES, TOY, Parser, changed, check_device, is_embedded, settings_of, whole_numbers
 from clora import RECIPES, Recipe, Subject
 from weights import find_lora, load_model, split_weight
 from weights.lora import printable
@@ -106,7 +107,7 @@ def embedded_sets(split: str, prompts: int, subjects: int) -> list[dict]:
     instances = {instance.name: instance for instance in renderer.INSTANCES}
     backgrounds = [words for _, _, words in renderer.BACKGROUNDS.values()]
     sets: list[dict] = []
-    drawn = 0
+    drawn = repeated = 0
     while len(sets) < prompts:
         chosen = [str(name) for name in rng.choice(names, subjects, replace=False)]
         if subjects == 2 and tuple(sorted(chosen, key=names.index)) not in allowed:
@@ -115,8 +116,12 @@ def embedded_sets(split: str, prompts: int, subjects: int) -> list[dict]:
         listing = " and ".join([", ".join(f"a {kind}" for kind in kinds[:-1]), f"a {kinds[-1]}"])
         prompt = f"{listing} {backgrounds[drawn % len(backgrounds)]}"
         drawn += 1
+        repeated += 1
         if any(one["prompt"] == prompt for one in sets):
+            if repeated > 10_000:
+                raise ValueError(f"--prompts is {prompts}; there are only {len(sets)} different ones of this kind")
             continue
+        repeated = 0
         sets.append({"prompt": prompt,
                      "loras": [[str(TOY / f"loras/{name}.safetensors"), f"{kind}={name} {kind}"]
                                for name, kind in zip(chosen, kinds)],
@@ -145,14 +150,14 @@ def read_sets(path: Path) -> list[dict]:
         if not isinstance(truth := one.get("truth", []), list) or not all(
                 isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair) for pair in truth):
             raise ValueError(f'{path}: set {number}: truth must be a list of ["ball", "zib"]')
-        if not isinstance(one["prompt"], str):
+        if not isinstance(one["prompt"], str) or re.search("[\ud800-\udfff]", one["prompt"]):
             raise ValueError(f"{path}: set {number}: the prompt is no text")
         if not isinstance(one["loras"], list) or not all(
                 isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
                 for pair in one["loras"]):
             raise ValueError(f'{path}: set {number}: loras must be a list of [FILE, "SUBJECT=TRIGGER"]')
-        if not isinstance(one.get("style", ""), str):
-            raise ValueError(f"{path}: set {number}: the style is no file name")
+        if not isinstance(one.get("style", ""), str) or one.get("style") == "":
+            raise ValueError(f"{path}: set {number}: the style is no file name; leave it out where there is none")
         for file in files_of(one):
             name = split_weight(file)[0]
             if name in there:
@@ -280,10 +285,6 @@ def verdict(seen: list[Seen], truth: list[list[str]], style: tuple[str, str] | N
     return {"success": not missing and not leak, "missing": missing, "leak": leak, **facts}
 
 
-def is_embedded(model: str) -> bool:
-    return Path(model).resolve() == TOY.resolve()
-
-
 class Maker:
     """Loads every LoRA once and makes the images of the list."""
 
@@ -308,7 +309,7 @@ class Maker:
         found = []
         for file, words in one["loras"]:
             path, weight = split_weight(file)
-            word, _, trigger = words.partition("=")
+            word, _, trigger = (part.strip() for part in words.partition("="))
             found.append(Subject(self.lora(path), word, trigger or word, weight))
         return found
 
@@ -424,13 +425,6 @@ def others_write(folder: Path, rank: int) -> bool:
                 if is_locked(file):
                     return True
     return False
-
-
-def remove_temporaries(folder: Path, names: set[str]) -> None:
-    """Removes what report.in_place had not moved into place when an earlier run was killed: .name-xxxxxxxx.png"""
-    for path in folder.glob(".*-????????.*"):
-        if path.name[1:].rpartition("-")[0] in names:
-            path.unlink(missing_ok=True)
 
 
 def append_line(path: Path, line: dict) -> None:
@@ -568,7 +562,7 @@ def curve(lines: list[dict], columns: list[str]) -> Image.Image:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    columns = [name.strip() for name in args.methods.split(",") if name.strip()]
+    columns = list(dict.fromkeys(name.strip() for name in args.methods.split(",") if name.strip()))
     if unknown := [name for name in columns if name not in METHODS]:
         raise ValueError(f"there is no method called {unknown[0]}; choose from {', '.join(METHODS)}")
     args.batch = args.batch if args.batch is not None else 3 if is_embedded(args.model) else 1
@@ -605,6 +599,11 @@ def evaluate(args: argparse.Namespace) -> int:
         return sweep(args, columns, changes, sets, rank, world, folder)
 
 
+def rank_of(n: int, columns: int, world: int) -> int:
+    """Which process makes batch n of a list that goes through the columns in turn: an equal share of every column each."""
+    return (n // columns + n % columns) % world
+
+
 def sweep(args: argparse.Namespace, columns: list[str], changes: dict, sets: list[dict], rank: int, world: int,
           folder: Path) -> int:
     """Makes what is missing of this process' share, then the table of all there is (rank 0)."""
@@ -629,10 +628,11 @@ def sweep(args: argparse.Namespace, columns: list[str], changes: dict, sets: lis
     batches = [(column, number, args.seeds[start:start + args.batch]) for number in range(len(sets))
                for start in range(0, len(args.seeds), args.batch) for column in columns]
     mine = [(column, number, seeds) for n, (column, number, seeds) in enumerate(batches)
-            if (n + n // len(columns)) % world == rank and any((column, number, seed) not in done for seed in seeds)]
-    remove_temporaries(folder / "images", {f"{column}-{number}-{seed}" for column, number, seeds in mine for seed in seeds})
+            if rank_of(n, len(columns), world) == rank and any((column, number, seed) not in done for seed in seeds)]
+    stems = {f"{column}-{number}-{seed}" for column, number, seeds in mine for seed in seeds}
+    report.remove_temporaries(folder / "images", stems)
     if rank == 0:
-        remove_temporaries(folder, {"table", "grid"})
+        report.remove_temporaries(folder, {"table", "grid"})
     began = time.time()
     for n, (column, number, seeds) in enumerate(mine):
         made = maker.attempt(sets[number], METHODS[column][0], recipes[column], seeds)

@@ -11,8 +11,9 @@ import io
 import json
 import os
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from weights import Model
 
 COLOURS = ((230, 60, 50), (40, 110, 230), (40, 170, 90), (240, 170, 30),
            (160, 70, 200), (20, 180, 190), (230, 90, 160), (140, 90, 50))
+LONGEST_COMMAND = 500_000                   # characters; to read a longer one takes seconds
 
 
 @contextlib.contextmanager
@@ -49,6 +51,14 @@ def in_place(path: Path) -> Iterator[Path]:
             Path(name).unlink(missing_ok=True)
 
 
+def remove_temporaries(folder: Path, names: Collection[str], age: float = 0) -> None:
+    """Removes what `in_place` left behind for these names without ending when it was killed, `age` seconds ago or more."""
+    for path in folder.glob(".*-????????.*"):               # .name-xxxxxxxx.png
+        with contextlib.suppress(FileNotFoundError):
+            if path.name[1:].rpartition("-")[0] in names and time.time() - path.stat().st_mtime >= age:
+                path.unlink()
+
+
 def save_picture(path: Path, picture: np.ndarray, settings: dict) -> None:
     """uint8 [H, W, 3] as PNG; `settings` go in as text chunks, one per key, JSON where not a string."""
     chunks = PngImagePlugin.PngInfo()
@@ -60,6 +70,8 @@ def save_picture(path: Path, picture: np.ndarray, settings: dict) -> None:
 
 def load_settings(path: Path) -> dict[str, str]:
     """The text chunks of a PNG as they are. ValueError: no PNG, damaged, or without settings of this program."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path} is a device or a pipe; name an image")
     try:
         with warnings.catch_warnings(action="error"), Image.open(path, formats=["PNG"]) as image:
             chunks = {str(key): value for key, value in image.info.items() if isinstance(value, str)}
@@ -71,6 +83,8 @@ def load_settings(path: Path) -> dict[str, str]:
         raise ValueError(f"{path} is damaged or no image of clora.py ({error})") from None
     if "command" not in chunks:
         raise ValueError(f"{path} carries no settings of clora.py; other programs leave them out when they save an image")
+    if len(chunks["command"]) > LONGEST_COMMAND:
+        raise ValueError(f"{path} is no image of clora.py: its command has {len(chunks['command']):,} characters")
     return chunks
 
 

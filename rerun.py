@@ -73,12 +73,22 @@ def locate(name: str, image: Path, remedy: str = "") -> str:
     path, _ = split_weight(name)
     if Path(path).exists():
         return name
-    for folder in (image.parent, image.parent.parent, Path(__file__).parent):
+    beside = image.absolute().parent
+    for folder in (beside, beside.parent, Path(__file__).parent):
         if (folder / path).exists():
             return str(folder / path) + name[len(path):]
     if remedy and hub_place(path) is None:
         raise ValueError(f"{image} was made with {path}, which is not there; say where it is: {remedy}")
     return name
+
+
+def same_command(one: str, other: str, by_name: bool) -> bool:
+    """Whether two images' commands say the same; `by_name`: a file counts by its name alone, wherever it lies."""
+    def bare(command: str) -> list[str]:
+        words = shlex.split(command)
+        return [Path(word).name if flag in ("--model", "--lora", "--style") else word
+                for flag, word in zip(["", *words], words)]
+    return one == other or (by_name and bare(one) == bare(other))
 
 
 def hashes_of(chunks: dict[str, str]) -> dict[str, str]:

@@ -39,31 +39,15 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)                             # else "import clora" would find this very file
 sys.path.append(str(ROOT / "bench"))
+from loras import make_loras  # noqa: E402
+
 import clora  # noqa: E402
 import lora  # noqa: E402
 from unet import UNet, UNetConfig  # noqa: E402
 
-RANK = 16
 PAPER, FAST = clora.RECIPES["paper"], clora.RECIPES["fast"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GIB = 2 ** 30
-
-
-def make_loras(unet: UNet, count: int) -> list[lora.LoRA]:
-    """LoRAs of rank 16 on every projection of the attention layers, as trainers make them by default."""
-    generator = torch.Generator().manual_seed(1)
-    names = [name for name, module in unet.named_modules()
-             if isinstance(module, torch.nn.Linear) and name.rsplit(".", 1)[-1] in ("to_q", "to_k", "to_v", "0")
-             and ".attn" in name]
-    loras = []
-    for n in range(count):
-        layers = {}
-        for name in names:
-            weight = unet.get_submodule(name).weight
-            layers[name] = lora.LoRALayer(torch.randn(RANK, weight.shape[1], generator=generator) * 0.05,
-                                          torch.randn(weight.shape[0], RANK, generator=generator) * 0.05)
-        loras.append(lora.LoRA(Path(f"l{n}"), f"l{n}", "peft LoRA", "", (RANK,), layers, {}, {}))
-    return loras
 
 
 class Ours:
@@ -143,7 +127,7 @@ def build(who: str, k: int, side: int, options: argparse.Namespace) -> tuple[dic
             unet.requires_grad_(False)
     generator = torch.Generator().manual_seed(2)
     context = torch.randn(2 * variants, 77, 768, generator=generator).to(device, dtype)
-    latents = torch.randn(1, 4, h, h, generator=generator).to(device, dtype)
+    latents = torch.randn(options.batch, 4, h, h, generator=generator).to(device, dtype)
     # each subject: one token in the other prompts, two (trigger and noun) in its own
     words = tuple((2 + 3 * n, 3 + 3 * n) for n in range(k))
     concepts = tuple(tuple((v, token) for v in range(variants) for token in (own if v == n + 1 else own[1:]))
@@ -211,7 +195,7 @@ def matrix_rate(options: argparse.Namespace) -> float:
 def time_both(k: int, side: int, options: argparse.Namespace) -> tuple[dict, dict]:
     """Seconds of every call by name, alternating: {"ours guidance": [...], "peer guidance": [...], ...}, and of ours
     the operations."""
-    who = "both" if side <= options.peer_up_to else "ours"
+    who = "both" if side <= options.peer_up_to and options.batch == 1 else "ours"
     made, latents = build(who, k, side, options)
     if "peer" in made:
         check(made, latents, k)
@@ -219,6 +203,10 @@ def time_both(k: int, side: int, options: argparse.Namespace) -> tuple[dict, dic
     calls["ours fast step"] = made["ours"].fast_step
     counted = {name: operations(call, latents, 500) for name, call in calls.items() if name.startswith("ours")}
     times: dict[str, list[float]] = {name: [] for name in calls}
+    if options.compile:                                 # now: the counter sees no operation of a compiled program
+        made["ours"].unet.compile(dynamic=False)
+        for call in calls.values():
+            call(latents, 500)
     for _ in range(options.runs):                       # each has run before: in check, or to be counted
         for name, call in calls.items():
             times[name].append(seconds(call, latents, 500))
@@ -228,7 +216,8 @@ def time_both(k: int, side: int, options: argparse.Namespace) -> tuple[dict, dic
 def memory(who: str, what: str, k: int, side: int, options: argparse.Namespace) -> dict:
     """In a process of its own: bytes at the peak, and with weights and LoRAs loaded but nothing run."""
     command = [sys.executable, __file__, "--measure", who, what, str(k), str(side), "--device", options.device, "--dtype",
-               options.dtype, "--threads", str(options.threads), *(["--low-memory"] if options.low_memory else [])]
+               options.dtype, "--threads", str(options.threads), "--batch", str(options.batch),
+               *(["--low-memory"] if options.low_memory else []), *(["--compile"] if options.compile else [])]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or [f"killed by signal {-done.returncode}"])[-1]}
@@ -238,6 +227,9 @@ def memory(who: str, what: str, k: int, side: int, options: argparse.Namespace) 
 def measure(who: str, what: str, k: int, side: int, options: argparse.Namespace) -> None:
     """What the process started by `memory` does."""
     made, latents = build(who, k, side, options)
+    if options.compile and who == "ours":
+        made[who].unet.compile(dynamic=False)
+        getattr(made[who], what)(latents, 500)
     gc.collect()
     cuda = latents.is_cuda
     if cuda:
@@ -281,7 +273,8 @@ def main(options: argparse.Namespace) -> None:
     rows, results, rate = [], [], matrix_rate(options)
     facts = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if options.device == "cuda" else
              platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "dtype": options.dtype,
-             "low_memory": options.low_memory, "runs": options.runs, "matrix_rate": rate, "results": results}
+             "low_memory": options.low_memory, "batch": options.batch, "compile": options.compile,
+             "runs": options.runs, "matrix_rate": rate, "results": results}
     for side in options.sizes:
         for k in options.loras:
             print(f"{side}x{side}, {k} LoRAs", file=sys.stderr)
@@ -329,6 +322,8 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--low-memory", action="store_true", help="ours one variant at a time")
+    parser.add_argument("--batch", type=int, default=1, help="pictures at once: the seconds of all, and the peer is not run")
+    parser.add_argument("--compile", action="store_true", help="ours through torch.compile")
     parser.add_argument("--no-memory", action="store_true", help="times alone")
     parser.add_argument("--peer-up-to", type=int, default=384, help="largest size at which the peer is run too")
     parser.add_argument("--out", default=str(ROOT / "bench/results.json"))

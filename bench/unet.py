@@ -2,6 +2,9 @@
 
 Same random weights (shared), inputs and threads; the two alternate in one process; diffusers uses its own default,
 PyTorch's fused attention. Prints a Markdown table. On CUDA the clock is read when the device has ended.
+
+`--lora` times our UNet with a LoRA instead: its factors applied in every layer, as clora.py does it, against a UNet with
+the LoRA merged into its weights, and how long such a merging takes.
 """
 
 from __future__ import annotations
@@ -17,6 +20,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)                             # else "import unet" would find this very file
+sys.path.append(str(ROOT / "bench"))
+from loras import make_loras  # noqa: E402
+
+import lora  # noqa: E402
 from unet import UNet, UNetConfig  # noqa: E402
 from vae import VAE, VAEConfig  # noqa: E402
 
@@ -54,7 +61,8 @@ def main(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     device, dtype = options.device, DTYPES[options.dtype]
-    print("| what | size | rows | ours, s | diffusers, s | ratio |\n|---|---|---|---|---|---|")
+    names = ("applied", "merged") if options.lora else ("ours", "diffusers")
+    print(f"| what | size | rows | {names[0]}, s | {names[1]}, s | ratio |\n|---|---|---|---|---|---|")
 
     def report(what: str, side: int, rows: int, calls: dict) -> None:
         out = [call() for call in calls.values()]
@@ -69,12 +77,28 @@ def main(options: argparse.Namespace) -> None:
     theirs = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8,
                                             block_out_channels=(320, 640, 1280, 1280))
     ours, theirs = pair(theirs, lambda: UNet(UNetConfig()), options)
+    if options.lora:
+        one, = make_loras(ours, 1)
+        start = time.perf_counter()
+        changed = lora.merged_weights(ours, [(one, 1.0)], "unet")
+        merging = time.perf_counter() - start
+        with torch.device("meta"):
+            merged = UNet(UNetConfig()).eval().requires_grad_(False)
+        merged.load_state_dict({**ours.state_dict(), **changed}, assign=True)
+        lora.attach(ours, [one])
     for side in options.sizes:
         for rows in options.rows:
             latents = torch.randn(rows, 4, side // 8, side // 8, device=device, dtype=dtype)
             context = torch.randn(rows, 77, 768, device=device, dtype=dtype)
+            if options.lora:
+                report("UNet, LoRA", side, rows, {
+                    "applied": lambda: ours(latents, 500, context, adapters=context.new_ones(rows, 1))[0],  # noqa: B023
+                    "merged": lambda: merged(latents, 500, context)[0]})                                    # noqa: B023
+                continue
             report("UNet", side, rows, {"ours": lambda: ours(latents, 500, context)[0],                     # noqa: B023
                                         "diffusers": lambda: theirs(latents, 500, context).sample})         # noqa: B023
+    if options.lora:
+        return print(f"\nmerging the LoRA into the weights took {merging:.2f} s")
     del ours, theirs
     theirs = diffusers.AutoencoderKL(
         block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
@@ -93,5 +117,6 @@ if __name__ == "__main__":
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--lora", action="store_true", help="a LoRA applied against the same LoRA merged")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     main(parser.parse_args())

@@ -232,6 +232,8 @@ def test_recipe_flags_cover_every_setting():
     (["--prompt", "cat " + "very " * 80 + "dog"], "77"), (["--lora", CAT, "cat=third"], "two LoRAs"),
     (["--lora", CAT, "=x"], "subject"), (["--lora", "nowhere.safetensors", "dog"], "nowhere.safetensors"),
     (["--lora", str(GOLDEN / "README.md"), "dog"], "README.md"), (["--alpha", "nan"], "--alpha"),
+    (["--method", "merge", "--panel"], "--panel"), (["--seed", "3", "--seeds", "5"], "not allowed with"),
+    (["--prompt", "a cat2 and a dog"], '"cat" is no word of its own'),
     (["--batch", "0"], "--batch"), (["--uncond-from", "base", "--maps-from", "both"], "--maps-from")])
 def test_bad_input_is_one_line_and_exit_code_2(arguments, word, tmp_path, capsys):
     assert word in refused(capsys, tmp_path / "out", *TWO, *arguments)
@@ -243,6 +245,8 @@ def test_a_prompt_without_loras_and_loras_without_a_prompt(tmp_path, capsys):
     capsys.readouterr()
     assert cli.main([*base, *TWO, "--out", str(tmp_path / "out")]) == 2
     assert "--prompt" in capsys.readouterr().err
+    assert cli.main(["--model", str(GOLDEN / "model"), "--out", str(tmp_path / "out")]) == 2        # not the demonstration
+    assert "without --prompt" in capsys.readouterr().err
 
 
 def test_an_output_that_cannot_be_written(tmp_path, capsys):
@@ -283,6 +287,13 @@ def test_a_trace_replaces_nothing_that_is_read(tmp_path, capsys):
     before = mine.read_bytes()
     for words in (("--lora", f"{mine}:0.5", "cat=sks cat"), ("--style", str(mine), *TWO)):
         assert "would replace" in refused(capsys, tmp_path / "out", *words, "--trace", str(mine))
+    numbered = Path(shutil.copy(CAT, tmp_path / "t-1.safetensors"))
+    assert "would replace" in refused(capsys, tmp_path / "out", "--lora", str(numbered), "cat=sks cat", "--seeds", "0,1",
+                                      "--trace", str(tmp_path / "t.safetensors"))
+    model = Path(shutil.copytree(GOLDEN / "model", tmp_path / "model"))
+    weights = model / "unet/diffusion_pytorch_model.safetensors"
+    assert "would replace" in refused(capsys, tmp_path / "out", *TWO, "--model", str(model), "--trace", str(weights))
+    assert numbered.read_bytes() == before and load_file(weights)
     assert "must end in .safetensors" in refused(capsys, tmp_path / "out", *TWO, "--trace", str(tmp_path / "clora-0.png"))
     assert mine.read_bytes() == before
 
@@ -304,6 +315,11 @@ def test_terminals_without_unicode_and_readers_that_stop(tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 0
+    closed = subprocess.run(["bash", "-c", f"{shlex.join(command)} >&-"], capture_output=True, text=True)
+    assert closed.returncode == 0 and not closed.stderr
+    if Path("/dev/full").exists():
+        full = subprocess.run(["bash", "-c", f"{shlex.join(command)} > /dev/full"], capture_output=True, text=True)
+        assert full.stderr.startswith("clora: the output cannot be written") and full.stderr.count("\n") == 1
 
 
 def test_files_of_the_repository_are_recorded_as_seen_from_there(tmp_path, monkeypatch):
@@ -342,6 +358,35 @@ def test_out_of_memory_says_what_to_lower(error, tmp_path, capsys, monkeypatch):
 def test_a_prompt_that_is_too_long_warns(tmp_path, capsys):
     assert run(*TWO, "--prompt", "a cat and a dog " + "very " * 70 + "wonderful", out=tmp_path) == 0
     assert "wonderful" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_it_leaves_no_partial_file(number, tmp_path):
+    """Sent while the image is written."""
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r}); sys.argv = {["clora.py", *SMALL, *TWO, "--out", str(tmp_path)]!r}
+from PIL import Image
+import cli
+def save(image, file, **options):
+    assert len(os.listdir({str(tmp_path)!r})) == 1
+    os.kill(os.getpid(), {int(number)})
+Image.Image.save = save
+cli.start()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
+    assert done.returncode == 128 + number and not done.stderr and not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_run_left_is_removed_later(tmp_path):
+    names = [".clora-0-abcdefgh.png", ".clora-0-panel-abcdefgh.png", ".clora-0-12345678.png", ".other-0-abcdefgh.png"]
+    for name in names:
+        (tmp_path / name).touch()
+        if "12345678" not in name:
+            os.utime(tmp_path / name, (0, 0))
+    assert run(*TWO, out=tmp_path) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names[2:], "clora-0.png"]), "young, or not its own"
 
 
 def test_interruption_keeps_finished_images_and_leaves_no_partial_file(tmp_path):

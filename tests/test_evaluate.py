@@ -96,6 +96,7 @@ GOOD = {"prompt": "a ball", "loras": [[LORA, "ball=zib ball"]]}
     ([{**GOOD, "loras": LORA}], "loras must be"), ([{**GOOD, "loras": [LORA]}], "loras must be"),
     ([{**GOOD, "loras": [[LORA, 1]]}], "loras must be"), ([{**GOOD, "loras": [[LORA]]}], "loras must be"),
     ([{**GOOD, "loras": [["no.safetensors", "ball"]]}], "no.safetensors does not exist"), ([{**GOOD, "style": 1}], "style"),
+    ([{**GOOD, "style": ""}], "leave it out"), ([{**GOOD, "prompt": "\ud800"}], "prompt is no text"),
     ([{**GOOD, "style": "no.safetensors:0.5"}], "no.safetensors:0.5 does not exist"),
     ([{**GOOD, "references": []}], "references must be"), ([{**GOOD, "references": "x"}], "references must be"),
     ([{**GOOD, "references": ["nowhere"]}], "no pictures in the references nowhere"),
@@ -108,6 +109,12 @@ def test_sets_that_are_refused(content, word, tmp_path, monkeypatch):
     assert word in str(caught.value) and len(str(caught.value).splitlines()) == 1
     (tmp_path / "sets.json").write_text(json.dumps([GOOD]))
     assert evaluate.read_sets(Path("sets.json")) == [GOOD]
+
+
+def test_subjects_are_read_as_the_command_line_does():
+    maker = SimpleNamespace(lora=lambda name: name)
+    one, = evaluate.Maker.subjects(maker, {"loras": [["a.safetensors:0.5", " ball = zib ball "]]})
+    assert (one.lora, one.word, one.trigger, one.weight) == ("a.safetensors", "ball", "zib ball", 0.5)
 
 
 def test_sets_with_loras_of_the_hub(tmp_path, monkeypatch):
@@ -232,6 +239,20 @@ def test_prompts_with_the_same_loras_are_drawn_together():
 def test_no_prompt_occurs_twice(split, subjects):
     prompts = [one["prompt"] for one in evaluate.embedded_sets(split, 30, subjects)]
     assert len(set(prompts)) == 30
+
+
+def test_more_prompts_than_there_are():
+    assert len(evaluate.embedded_sets("test", 32, 1)) == 32
+    with pytest.raises(ValueError, match="there are only 32 different"):
+        evaluate.embedded_sets("test", 48, 1)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("columns", [1, 2, 3, 6])
+def test_every_process_makes_an_equal_share_of_every_column(columns, world):
+    ranks = np.array([evaluate.rank_of(n, columns, world) for n in range(12 * columns)]).reshape(12, columns)
+    for rank in range(world):
+        assert ((ranks == rank).sum(axis=0) == 12 // world).all()
 
 
 def test_scores_by_the_embedded_clip():

@@ -111,6 +111,8 @@ FORMATS = {
     "kohya ldm": (LDM, lambda n: f"lora_unet_{LDM[n]}.lora_down.weight", lambda n: f"lora_te_{flat(n)}.lora_down.weight"),
     "peft ldm": (LDM, lambda n: f"diffusion_model.{re.sub(r'(?<=[a-z])_(?=[0-9])|(?<=[0-9])_', '.', LDM[n])}.lora_A.weight",
                  lambda n: f"text_encoder.{n}.lora_A.weight"),
+    "comfyui": (LDM, lambda n: FORMATS["peft ldm"][1](n).replace("lora_A", "lora_down"),
+                lambda n: f"text_encoders.clip_l.transformer.{n}.lora_down.weight"),
     "kohya with dots": (LDM, lambda n: f"lora_unet.{n}.lora_down.weight", lambda n: f"lora_te.{n}.lora_down.weight"),
     "diffusers old": (ATTENTION, lambda n: f"unet.{ATTENTION[n]}_lora.down.weight",
                       lambda n: f"text_encoder.{n.replace('_proj', '').replace('attn.', 'attn.to_')}_lora.down.weight"
@@ -223,6 +225,13 @@ def test_alpha_from_peft_settings(place, config, scale, unet, tmp_path):
         alphas = {"attn1.to_q": 1, "attn1.to_k": 2, "attn2.to_k": 2, "attn2.to_q": 12}
         own = scale or alphas.get(name[len(BLOCK) + 1:], 6) / 4
         assert relative(change(lora, unet, name), delta * own) < 1e-5
+
+
+@pytest.mark.parametrize("pattern", ["down_blocks.*to_q", r".*\.to_q", "(a+)+$", "attn1|attn2"])
+def test_alpha_by_regular_expressions_is_refused(pattern, unet, tmp_path):
+    path, _ = peft_file(tmp_path, unet, "base_model.model.{}.lora_{}.weight")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 4, "alpha_pattern": {pattern: 64}}))
+    assert f"the pattern {pattern!r} in alpha_pattern" in refused(path, unet)
 
 
 def test_settings_of_another_half_or_file_are_not_used(unet, tmp_path):
@@ -571,8 +580,13 @@ BAD_FILES = {
     "infinite alpha": (pair() | {f"{Q}.alpha": torch.tensor(math.inf)}, [f"{Q}.alpha holds NaN or infinity"]),
     "integers": (pair() | {f"{Q}.lora_down.weight": torch.ones(4, 64, dtype=torch.int8)}, [f"{Q}.lora_down.weight", "int8"]),
     "no keys": ({}, ["has no LoRA keys"]),
-    "a checkpoint": ({"model.diffusion_model.out.2.weight": torch.ones(4)}, ["has no LoRA keys", "looks like a checkpoint"]),
-    "a diffusers UNet": ({"conv_in.weight": torch.ones(4)}, ["has no LoRA keys", "looks like a checkpoint"]),
+    "a checkpoint": ({f"model.diffusion_model.out.2.{part}": torch.ones(4) for part in ("weight", "bias")},
+                     ["has no LoRA keys", "looks like a checkpoint"]),
+    "a diffusers UNet": ({"conv_in.weight": torch.ones(4), "conv_in.bias": torch.ones(4)},
+                         ["has no LoRA keys", "looks like a checkpoint"]),
+    "a VAE": ({"encoder.conv_in.bias": torch.ones(4), "decoder.conv_in.bias": torch.ones(4)}, ["looks like a checkpoint"]),
+    "a text encoder": ({"text_model.embeddings.token_embedding.weight": torch.ones(4, 4),
+                        "text_model.encoder.layers.0.mlp.fc1.bias": torch.ones(4)}, ["looks like a checkpoint"]),
     "an embedding": ({"emb_params": torch.ones(2, 768)}, ["has no LoRA keys", "textual inversion embedding"]),
 }
 

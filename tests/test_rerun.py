@@ -1,6 +1,8 @@
 """Running an image again from its settings, what a stranger's image can and cannot do, and --inspect."""
 
+import io
 import json
+import os
 import shutil
 import struct
 import zlib
@@ -55,6 +57,15 @@ def test_the_same_bytes(user, capsys):
     assert again() == 0 and Path("again/clora-3.png").read_bytes() == before
     assert again(out="out") == 0 and Path("out/clora-3.png").read_bytes() == before
     assert capsys.readouterr().err == ""
+
+
+def test_from_within_the_folder_of_the_image(user, monkeypatch, capsys):
+    before = Path("out/clora-3.png").read_bytes()
+    monkeypatch.chdir("out")
+    assert again(image="clora-3.png", out=".") == 0, capsys.readouterr().err
+    assert np.array_equal(np.asarray(Image.open("clora-3.png")), np.asarray(Image.open(io.BytesIO(before))))
+    assert again("--lora", "../style_peft.safetensors", "cat=sks cat", image="clora-3.png", out=".") == 2
+    assert "would replace" in capsys.readouterr().err
 
 
 def test_from_another_folder(user, monkeypatch):
@@ -172,6 +183,7 @@ COMMAND = "python clora.py --prompt 'a cat' --method base"
     ({"command": COMMAND, **GOOD, "loras": '[{"subject": "cat", "sha256": null}]'}, "damaged"),
     ({"command": COMMAND, **GOOD, "loras": "3"}, "damaged"),
     ({"command": COMMAND, **GOOD, "model": "[]"}, "damaged"), ({"command": COMMAND, **GOOD, "style": "7"}, "damaged"),
+    ({"command": COMMAND + " x" * 300_000, **GOOD}, "its command has 600,"),
     ({"command": COMMAND + " x" * 2 * 10**6}, "too large"), ({"command": COMMAND, "x": "y" * 10**7}, "too large")])
 def test_bad_settings_are_one_line(chunks, word, tmp_path, capsys):
     assert again(image=png(tmp_path / "bad.png", **chunks), out=str(tmp_path / "out")) == 2
@@ -283,6 +295,19 @@ def test_the_tag_with_the_subjects_word_is_suggested(user, capsys):
     assert cli.main(["--model", "model", "--height", "64", "--width", "64", "--steps", "1", "--update-until", "-1",
                      "--quiet", "--prompt", "a cat", "--lora", "cat.safetensors", "cat"]) == 0
     assert 'write "cat=sks cat"' in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_pipes_and_devices_are_not_waited_for(tmp_path, capsys):
+    os.mkfifo(pipe := tmp_path / "pipe.safetensors")
+    assert cli.main(["--inspect", str(pipe), "/dev/zero"]) == 2
+    assert cli.main(["--from", str(pipe)]) == 2
+    assert capsys.readouterr().err.count("is a device or a pipe") == 3
+
+
+def test_inspect_takes_a_weight_as_lora_does(capsys):
+    assert cli.main(["--inspect", f"{GOLDEN / 'loras/cat_peft.safetensors'}:0.8"]) == 0
+    assert "rank" in capsys.readouterr().out
 
 
 def test_inspect_goes_on_after_a_bad_file(tmp_path, capsys):

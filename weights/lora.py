@@ -65,10 +65,12 @@ def read_lora(path: str | Path, unet: nn.Module, text_encoder: nn.Module | None 
 
 
 KEY = re.compile(
-    r"(?:base_model\.model\.)?(?P<half>lora_unet[_.]|unet\.|diffusion_model\.|lora_te1?[_.]|text_encoder\.)?"
+    r"(?:base_model\.model\.)?(?P<half>lora_unet[_.]|unet\.|diffusion_model\.|lora_te1?[_.]|text_encoder\."
+    r"|text_encoders\.clip_l\.transformer\.)?"
     r"(?:base_model\.model\.)?(?P<layer>.+?)"
     r"(?:(?:[._]lora|\.lora_linear_layer)[._](?P<lora>down|up|mid|A|B|alpha|magnitude_vector)"
     r"|\.(?P<other>alpha|dora_scale|(?:hada|lokr)_(?:w[12](?:_[ab])?|t[12])))(?:\.default)?(?:\.weight)?")
+NAMINGS = {"kohya": "^lora_", "peft": "lora_A", "comfyui": r"^(diffusion_model|text_encoders)\."}
 KINDS = {"hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "magnitude": "DoRA"}
 PARTS = {"A": "down", "B": "up", "magnitude_vector": "magnitude"}
 # What keys and shapes, one "key [shape]" a line, give away about the model that a file is for
@@ -79,6 +81,8 @@ FAMILIES = {
     r"lora_te2_|text_encoder_2\.|attentions.\d.transformer_blocks.[1-9]|put_blocks.\d.1.transformer_blocks.[1-9]"
     r"|attn2.*to_k.* \[\d+, 2048": "SDXL",
     r"attn2.*to_k.* \[\d+, 1024": "SD 2"}
+CHECKPOINT = re.compile(r"^((model\.diffusion_model|first_stage_model|cond_stage_model|control_model|controlnet_\w+)\."
+                        r"|conv_in\.|(en|de)coder\.conv_in|text_model\.embeddings)")
 NOT_A_LORA = {r"model\.diffusion_model|first_stage_model|down_blocks|encoder\.|^conv_in": "a checkpoint",
               r"emb_params|string_to|^clip_[lg] |^<": "a textual inversion embedding"}
 
@@ -129,10 +133,10 @@ class _File:
     def __init__(self, path: Path):
         self.path, self.metadata = path, dict[str, str]()
         try:
+            if path.exists() and not path.is_file() and not path.is_dir():          # to read a pipe may take for ever
+                raise self.error("is a device or a pipe; name a file")
             with path.open("rb") as stream:
                 head = stream.read(9)
-                stream.seek(0)
-                self.sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:
             raise self.error(f"cannot be read ({str(error.strerror).lower()}); check the path of the LoRA") from None
         if not head:
@@ -150,13 +154,15 @@ class _File:
             except Exception as error:                          # SafetensorError, or OSError from the mapping
                 raise self.error(f"is damaged or not a safetensors file ({error}); download it again") from None
             self.metadata, self._get = handle.metadata() or {}, handle.get_tensor
+        with path.open("rb") as stream:                         # now: whatever claims to be huge was refused
+            self.sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         self.config = self._peft_config()
 
     def match_keys(self) -> dict[str, re.Match | None]:
         matches = {key: KEY.fullmatch(key) for key in self.shapes}
         if not any(match and match["other"] != "alpha" for match in matches.values()):
             others = [key for key, match in matches.items() if not match]
-            if kind := unsupported(others):
+            if not any(map(CHECKPOINT.match, others)) and (kind := unsupported(others)):
                 raise self.error(f"holds {kind}, which is not supported ({', '.join(others[:3])}, ...); {SUPPORTED}")
             raise self.error(f"has no LoRA keys (first: {next(iter(self.shapes), 'none at all')}); "
                              f"it looks like {_guess(NOT_A_LORA, self.shapes) or 'something else'}, name a LoRA file")
@@ -164,7 +170,7 @@ class _File:
 
     def format(self) -> str:
         text = "\n".join(self.shapes)
-        naming = "kohya" if re.search("^lora_", text, re.M) else "peft" if "lora_A" in text else "diffusers"
+        naming = next((name for name, pattern in NAMINGS.items() if re.search(pattern, text, re.M)), "diffusers")
         return f"{naming} {next((kind for word, kind in KINDS.items() if word in text), 'LoRA')}"
 
     def _peft_config(self) -> dict:
@@ -185,6 +191,10 @@ class _File:
     def peft_scale(self, half: str, name: str, rank: int) -> float:
         """alpha / rank of a layer without an alpha key: from the PEFT settings, else 1."""
         patterns = self.config.get(f"{half}.alpha_pattern")
+        for key in patterns if isinstance(patterns, dict) else ():
+            if not re.fullmatch(r"\^?[\w.]+", key):              # PEFT would match it; a stranger's may match for ever
+                raise self.error(f"its PEFT settings have the pattern {key!r} in alpha_pattern; "
+                                 "only names of layers are supported")
         own = [alpha for key, alpha in (patterns.items() if isinstance(patterns, dict) else ())
                if f".{name}".endswith("." + key.lstrip("^"))]
         alpha = [*own, self.config.get(f"{half}.lora_alpha", rank)][0]
