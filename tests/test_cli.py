@@ -309,7 +309,7 @@ def test_a_full_disk_names_the_file(tmp_path, capsys, monkeypatch):
 
 def test_terminals_without_unicode_and_readers_that_stop(tmp_path):
     name = shutil.copy(CAT, tmp_path / "🐈.safetensors")
-    command = [sys.executable, str(ROOT / "clora.py"), "--inspect", name]
+    command = [sys.executable, str(ROOT / "clora.py"), "--inspect", str(name)]
     ascii_only = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
     assert ascii_only.returncode == 0 and "\\U0001f408.safetensors" in ascii_only.stdout and not ascii_only.stderr
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
