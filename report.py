@@ -54,7 +54,7 @@ def in_place(path: Path) -> Iterator[Path]:
 def remove_temporaries(folder: Path, names: Collection[str], age: float = 0) -> None:
     """Removes what `in_place` left behind for these names without ending when it was killed, `age` seconds ago or more."""
     for path in folder.glob(".*-????????.*"):               # .name-xxxxxxxx.png
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):                  # gone already, or somebody else's
             if path.name[1:].rpartition("-")[0] in names and time.time() - path.stat().st_mtime >= age:
                 path.unlink()
 
