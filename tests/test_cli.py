@@ -120,11 +120,11 @@ def test_compile_without_a_compiler_is_one_line(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("method, flags", [("clora", ()), ("clora", ("--recipe", "release", "--low-memory")),
                                            ("clora", ("--eta", "0.7")), ("switch", ()), ("clora", ("--scheduler", "pndm"))])
 def test_a_batch_gives_the_pictures_of_its_seeds(method, flags, tmp_path):
-    common = (*TWO, "--method", method, "--seeds", "3-7", *flags)
+    common = (*TWO, "--method", method, "--seeds", "3-5", *flags)
     assert run(*common, "--batch", "2", "--trace", str(tmp_path / "t.safetensors"), out=tmp_path / "batch") == 0
     assert run(*common, "--trace", str(tmp_path / "alone.safetensors"), out=tmp_path / "alone") == 0
     whole = 0
-    for seed in range(3, 8):
+    for seed in range(3, 6):
         together = load_file(tmp_path / f"t-{seed}.safetensors")
         alone = load_file(tmp_path / f"alone-{seed}.safetensors")
         assert together.keys() == alone.keys()
@@ -137,7 +137,7 @@ def test_a_batch_gives_the_pictures_of_its_seeds(method, flags, tmp_path):
         one, other = (pixels(tmp_path / folder / f"{method}-{seed}.png") for folder in ("batch", "alone"))
         assert apart.any() or abs(one.astype(int) - other).max() <= 1
         whole += not apart.any()
-    assert whole >= 4
+    assert whole >= 2
 
 
 def test_the_panel(tmp_path):
@@ -342,7 +342,7 @@ def test_damaged_weights_name_the_step(tmp_path, capsys):
 
 
 def test_too_large_an_update_names_the_step(tmp_path, capsys):
-    assert "step" in refused(capsys, tmp_path / "out", *TWO, "--alpha", "1e6", "--guidance", "9999", "--refine-steps", "30",
+    assert "step" in refused(capsys, tmp_path / "out", *TWO, "--alpha", "1e6", "--guidance", "9999", "--refine-steps", "3",
                              "--dtype", "float16")
 
 
