@@ -170,7 +170,7 @@ def changed(recipe: Recipe, values: dict, where: str) -> Recipe:
 
 
 def is_embedded(model: str) -> bool:
-    return Path(model).resolve() == REPOSITORY / "weights" / "toy"
+    return model == str(TOY) or Path(model).resolve() == REPOSITORY / "weights" / "toy"
 
 
 def check_device(device: str) -> None:
