@@ -294,7 +294,8 @@ def run(args: argparse.Namespace) -> None:
                     raise ValueError(f"--trace {path} is a folder or a device; name a file")
             tempfile.TemporaryFile(dir=trace.parent).close()
         stems = {f"{args.method}-{seed}{part}" for seed in seeds for part in ("", "-panel")}
-        report.remove_temporaries(out, stems, age=3600)     # of runs that were killed; a younger one may be at work
+        for folder, left in ((out, stems), *((path.parent, {path.stem}) for path in traces.values())):
+            report.remove_temporaries(folder, left, age=3600)       # of runs that were killed; a younger one may be at work
         for seed in seeds:
             if (path := out / f"{args.method}-{seed}.png").is_dir():
                 raise ValueError(f"{path} is a folder where the image would be; move it or give another --out")
@@ -319,9 +320,10 @@ def run(args: argparse.Namespace) -> None:
         for seed in seeds:
             command = settings_of(args, recipe, model, subjects, style, seed, size)["command"]
             same = rerun.same_command(command, args.chunks["command"], by_name=not args.given)
-            if (out / f"{args.method}-{seed}.png").resolve() == Path(args.source).resolve() and (stale or not same):
+            written = [(out / f"{args.method}-{seed}{part}.png").resolve() for part in ("", "-panel")]
+            if Path(args.source).resolve() in written and (stale or not same):
                 raise ValueError(f"this would replace {args.source} with another image; give another --out")
-    for text in filter(None, [args.prompt, args.negative]):
+    for text in filter(None, dict.fromkeys([args.prompt, *plan.prompts, args.negative])):
         if cut := model.text.truncated(text):
             print(f'clora: warning: CLIP reads 77 tokens; this was cut off: "{printable(cut, 700)}"', file=sys.stderr)
 
@@ -333,9 +335,10 @@ def run(args: argparse.Namespace) -> None:
         label = f"seed {', '.join(map(str, chunk))}"
         steps = draw(model, plan, recipe, noise, chunk, f"{args.method}, {label}", args, panel or page or trace is not None)
         finished = {args.method: steps[-1].latents}                                         # by method
+        plain = dataclasses.replace(recipe, uncond_from="each")                             # merge has no base variant
         for method in ("merge", "base") if page else ("merge",) if panel else ():
-            other = clora.make_plan(model, args.prompt, subjects, style, args.negative, method, recipe)
-            finished[method] = draw(model, other, recipe, noise, chunk, f"{method}, {label}", args)[-1].latents
+            other = clora.make_plan(model, args.prompt, subjects, style, args.negative, method, plain)
+            finished[method] = draw(model, other, plain, noise, chunk, f"{method}, {label}", args)[-1].latents
         if len(finished) > 1:
             clora.make_plan(model, args.prompt, subjects, style, args.negative, args.method, recipe)
         for b, seed in enumerate(chunk):

@@ -18,6 +18,7 @@ SD 1.5), T = 77 tokens. In a batch for the UNet, the rows of a picture stand tog
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -209,6 +210,8 @@ def swap_words(prompt: str, replacements: Mapping[str, str]) -> str:
 
     ValueError: a word is only part of a longer one, or of another of them.
     """
+    prompt = unicodedata.normalize("NFC", prompt)                   # as CLIP's tokenizer does
+    replacements = {unicodedata.normalize("NFC", word): replacement for word, replacement in replacements.items()}
     words = sorted(replacements, key=len, reverse=True)
     pattern = "|".join("(" + r"\s+".join(map(re.escape, word.split())) + ")" for word in words)
     found = set[str]()
@@ -240,6 +243,10 @@ def make_plan(model: Model, prompt: str, subjects: Sequence[Subject] = (), style
         if words.count(word) > 1:
             raise ValueError(f'two LoRAs are given for the subject "{word}"; each needs a word of its own')
     everyone = swap_words(prompt, {subject.word: subject.trigger for subject in subjects})
+    for subject in subjects if method != "clora" else ():
+        if (at := model.text.positions(everyone, subject.trigger)) and at[-1][-1] > model.text.length - 2:
+            raise ValueError(f'"{subject.trigger}" lies beyond the {model.text.length} tokens that CLIP reads of '
+                             f'"{everyone}"; shorten the prompt')
     own = [swap_words(prompt, {subject.word: subject.trigger}) for subject in subjects]
     one_hot = [[float(i == k) * (1.0 if s.weight is None else s.weight) for i in range(len(subjects))]
                for k, s in enumerate(subjects)]

@@ -566,6 +566,8 @@ def evaluate(args: argparse.Namespace) -> int:
     if unknown := [name for name in columns if name not in METHODS]:
         raise ValueError(f"there is no method called {unknown[0]}; choose from {', '.join(METHODS)}")
     args.batch = args.batch if args.batch is not None else 3 if is_embedded(args.model) else 1
+    if args.curve and Path(args.curve).suffix.lower() != ".png":
+        raise ValueError(f"--curve {args.curve} must end in .png")
     if args.batch < 1:
         raise ValueError(f"--batch is {args.batch}; it must be at least 1")
     if not columns or not args.seeds:

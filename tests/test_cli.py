@@ -146,6 +146,11 @@ def test_the_panel(tmp_path):
         assert panel.height > 256 and panel.width > 5 * 256
 
 
+def test_the_comparison_of_a_run_whose_unconditional_half_is_the_base_models(tmp_path):
+    assert run(*TWO, "--uncond-from", "base", "--panel", "--report", out=tmp_path) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clora-0-panel.png", "clora-0.html", "clora-0.png"]
+
+
 @pytest.mark.parametrize("k", [1, 3, 8])
 def test_other_numbers_of_subjects(k, tmp_path, capsys):
     names = ("cat", "dog", "owl", "fox", "elk", "ape", "hen", "cow", "bee")
@@ -360,6 +365,20 @@ def test_a_prompt_that_is_too_long_warns(tmp_path, capsys):
     assert "wonderful" in capsys.readouterr().err
 
 
+def test_a_trigger_that_makes_a_prompt_too_long(tmp_path, capsys):
+    text, trigger = load_model(GOLDEN / "model").text, ["--lora", CAT, "cat=one two sks cat"]
+
+    def filled(prompt: str) -> str:
+        """The prompt with as many words in its middle as CLIP reads."""
+        longest = max(n for n in range(76) if not text.truncated(prompt.format("very " * n)))
+        return prompt.format("very " * longest)
+    assert run("--prompt", filled("a cat and a {}snow"), *trigger, out=tmp_path) == 0
+    assert "CLIP reads 77 tokens; this was cut off" in capsys.readouterr().err
+    for method in ("clora", "merge", "switch"):
+        assert "beyond the 77" in refused(capsys, tmp_path / "none", "--prompt", filled("a cat and a {}dog"), *trigger,
+                                                 "--lora", DOG, "dog=one two sks dog", "--method", method)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_that_ends_it_leaves_no_partial_file(number, tmp_path):
     """Sent while the image is written."""
@@ -380,13 +399,15 @@ cli.start()
 
 
 def test_what_a_killed_run_left_is_removed_later(tmp_path):
-    names = [".clora-0-abcdefgh.png", ".clora-0-panel-abcdefgh.png", ".clora-0-12345678.png", ".other-0-abcdefgh.png"]
+    names = [".clora-0-abcdefgh.png", ".clora-0-panel-abcdefgh.png", ".t-abcdefgh.safetensors", ".clora-0-12345678.png",
+             ".other-0-abcdefgh.png"]
     for name in names:
         (tmp_path / name).touch()
         if "12345678" not in name:
             os.utime(tmp_path / name, (0, 0))
-    assert run(*TWO, out=tmp_path) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names[2:], "clora-0.png"]), "young, or not its own"
+    assert run(*TWO, "--trace", str(tmp_path / "t.safetensors"), out=tmp_path) == 0
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == sorted([*names[3:], "clora-0.png", "t.safetensors"]), "young, or not its own"
 
 
 def test_interruption_keeps_finished_images_and_leaves_no_partial_file(tmp_path):

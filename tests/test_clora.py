@@ -232,6 +232,7 @@ def test_swapping_several_words_touches_no_replacement():
     assert clora.swap_words("a ball and a ring", {"ball": "ring", "ring": "ball"}) == "a ring and a ball"
     assert clora.swap_words("a toy  BALL", {"toy ball": "zib"}) == "a zib"
     assert clora.swap_words("a toy ball", {}) == "a toy ball"
+    assert clora.swap_words("un cafe\u0301", {"caf\u00e9": "sks caf\u00e9"}) == "un sks caf\u00e9", "one letter in two ways"
 
 
 @pytest.mark.parametrize("prompt, words", [("a ball2", ["ball"]), ("a ball_3", ["ball"]),

@@ -77,7 +77,8 @@ def test_a_sweep_is_resumed_and_split_without_a_difference(tmp_path):
     (["--methods", "magic"], "magic"), (["--seeds", ""], "--seeds"), (["--seeds", "9-1"], "9-1"),
     (["--sets", "nowhere.json"], "nowhere.json"), (["--sets", "bad.json"], "cat.safetensors"),
     (["--set", '{"nonsense": 1}'], "nonsense"), (["--model", "nowhere"], "nowhere"),
-    (["--batch", "0"], "--batch"), (["--prompts", "0"], "--prompts"), (["--device", "quantum"], "quantum"),
+    (["--batch", "0"], "--batch"), (["--curve", "curve"], ".png"),
+    (["--prompts", "0"], "--prompts"), (["--device", "quantum"], "quantum"),
     (["--set", "{"], "--set"), (["--model", str(ROOT / "tests/golden/model")], "--sets")])
 def test_bad_input(arguments, word, here, tmp_path):
     (tmp_path / "bad.json").write_text(json.dumps([{"prompt": "a cat", "loras": [["cat.safetensors", "cat"]]}]))

@@ -234,6 +234,23 @@ def test_alpha_by_regular_expressions_is_refused(pattern, unet, tmp_path):
     assert f"the pattern {pattern!r} in alpha_pattern" in refused(path, unet)
 
 
+def test_lycoris_own_prefix(unet, tmp_path):
+    tensors = {f"lycoris_{flat(LINEAR)}.lora_{part}.weight": torch.ones(shape)
+               for part, shape in (("down", (2, 64)), ("up", (64, 2)))}
+    lora = read_lora(save(tmp_path / "a.safetensors", tensors), unet)
+    assert lora.format == "lycoris LoRA" and len(lora.unet) == 1
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq"])
+def test_adapters_that_also_changed_the_base_model_are_refused(start, unet, tmp_path):
+    path, _ = peft_file(tmp_path, unet, "base_model.model.{}.lora_{}.weight")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 4, "init_lora_weights": start}))
+    assert f"was trained from {start}, which changes the base model" in refused(path, unet)
+    for harmless in (True, False, "gaussian"):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 4, "init_lora_weights": harmless}))
+        assert read_lora(path, unet).unet
+
+
 def test_settings_of_another_half_or_file_are_not_used(unet, tmp_path):
     path, deltas = peft_file(tmp_path, unet, "unet.{}.lora_{}.weight",
                              {"lora_adapter_metadata": json.dumps({"text_encoder.lora_alpha": 9})})
@@ -584,6 +601,9 @@ BAD_FILES = {
                      ["has no LoRA keys", "looks like a checkpoint"]),
     "a diffusers UNet": ({"conv_in.weight": torch.ones(4), "conv_in.bias": torch.ones(4)},
                          ["has no LoRA keys", "looks like a checkpoint"]),
+    "Custom Diffusion": ({f"unet.{LINEAR}.processor.to_k_custom_diffusion.weight": torch.ones(4, 4)}, ["Custom Diffusion"]),
+    "T-LoRA": ({f"{Q}.{part}_layer.weight": torch.ones(4, 4) for part in ("q", "p")}, ["T-LoRA"]),
+    "a name without end": ({f"lora_unet_{'attn2to_k' * 60}.lora_down.weight": torch.ones(4, 4)}, ["than 500 characters"]),
     "a VAE": ({"encoder.conv_in.bias": torch.ones(4), "decoder.conv_in.bias": torch.ones(4)}, ["looks like a checkpoint"]),
     "a text encoder": ({"text_model.embeddings.token_embedding.weight": torch.ones(4, 4),
                         "text_model.encoder.layers.0.mlp.fc1.bias": torch.ones(4)}, ["looks like a checkpoint"]),

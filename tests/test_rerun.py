@@ -109,6 +109,13 @@ def test_the_image_itself_is_not_replaced_by_another(user, capsys):
     assert "another --out" in capsys.readouterr().err and Path("out/clora-3.png").read_bytes() == before
 
 
+def test_a_panel_is_not_replaced_by_another(user, capsys):
+    assert again("--panel", out="out") == 0
+    before = Path("out/clora-3-panel.png").read_bytes()
+    assert again("--alpha", "1", "--panel", image="out/clora-3-panel.png", out="out") == 2
+    assert "would replace" in capsys.readouterr().err and Path("out/clora-3-panel.png").read_bytes() == before
+
+
 def test_changed_files_are_noticed(user, capsys):
     for name in ("cat_peft.safetensors", "style_peft.safetensors", "model/vae/diffusion_pytorch_model.safetensors"):
         save_file({key: value * 1.01 for key, value in load_file(name).items()}, name)
@@ -263,6 +270,8 @@ def test_describe(tmp_path):
 
 @pytest.mark.parametrize("tensors, expected", [
     (kohya([f"lora_unet_{BLOCK}_attn2_to_k"], width=2048), {"made for": "SDXL"}),
+    (kohya([f"lora_unet_{BLOCK}_attn2_to_k"], rank=1024), {"made for": "SD 1.x", "rank": "1024"}),
+    (kohya([f"lora_unet_{BLOCK}_attn2_to_k"], width=1024), {"made for": "SD 2"}),
     (kohya(["lora_unet_double_blocks_0_img_attn_qkv"]), {"rank": "4", "layers": "UNet: 1 attention"}),
     ({f"{PEFT}A.weight": torch.ones(3, 8), f"{PEFT}B.weight": torch.ones(8, 3)},
      {"format": "peft LoRA", "rank": "3", "alpha": "not noted, so the rank"}),
@@ -300,6 +309,14 @@ def test_the_tag_with_the_subjects_word_is_suggested(user, capsys):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 def test_pipes_and_devices_are_not_waited_for(tmp_path, capsys):
     os.mkfifo(pipe := tmp_path / "pipe.safetensors")
+    os.mkfifo(tmp_path / "adapter_config.json")
+    save_file({f"base_model.model.x.lora_{ab}.weight": torch.ones(2, 2) for ab in "AB"}, tmp_path / "a.safetensors")
+    assert cli.main(["--inspect", str(tmp_path / "a.safetensors")]) == 0, "passed over"
+    model = Path(shutil.copytree(GOLDEN / "model", tmp_path / "model"))
+    (model / "unet/config.json").unlink()
+    os.mkfifo(model / "unet/config.json")
+    assert cli.main(["--model", str(model), "--prompt", "a cat", "--method", "base", "--out", str(tmp_path)]) == 2
+    assert "config.json is a device or a pipe" in capsys.readouterr().err
     assert cli.main(["--inspect", str(pipe), "/dev/zero"]) == 2
     assert cli.main(["--from", str(pipe)]) == 2
     assert capsys.readouterr().err.count("is a device or a pipe") == 3

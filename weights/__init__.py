@@ -375,6 +375,8 @@ def _text_encoder(folder: Path, model: nn.Module) -> TextEncoder:
 
 
 def _read_json(path: Path) -> dict:
+    if path.exists() and not path.is_file() and not path.is_dir():                 # to read a pipe may take for ever
+        raise ValueError(f"{path} is a device or a pipe")
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:

@@ -65,25 +65,25 @@ def read_lora(path: str | Path, unet: nn.Module, text_encoder: nn.Module | None 
 
 
 KEY = re.compile(
-    r"(?:base_model\.model\.)?(?P<half>lora_unet[_.]|unet\.|diffusion_model\.|lora_te1?[_.]|text_encoder\."
+    r"(?:base_model\.model\.)?(?P<half>lora_unet[_.]|lycoris_|unet\.|diffusion_model\.|lora_te1?[_.]|text_encoder\."
     r"|text_encoders\.clip_l\.transformer\.)?"
     r"(?:base_model\.model\.)?(?P<layer>.+?)"
     r"(?:(?:[._]lora|\.lora_linear_layer)[._](?P<lora>down|up|mid|A|B|alpha|magnitude_vector)"
     r"|\.(?P<other>alpha|dora_scale|(?:hada|lokr)_(?:w[12](?:_[ab])?|t[12])))(?:\.default)?(?:\.weight)?")
-NAMINGS = {"kohya": "^lora_", "peft": "lora_A", "comfyui": r"^(diffusion_model|text_encoders)\."}
+NAMINGS = {"kohya": "^lora_", "lycoris": "^lycoris_", "peft": "lora_A", "comfyui": r"^(diffusion_model|text_encoders)\."}
 KINDS = {"hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "magnitude": "DoRA"}
 PARTS = {"A": "down", "B": "up", "magnitude_vector": "magnitude"}
+TO_TEXT = r"attn2\S*to_k\S*(down|lora_A|_b)\S* \[\d+"                # of the factor that reads the text, up to its width
 # What keys and shapes, one "key [shape]" a line, give away about the model that a file is for
 FAMILIES = {
     r"double_blocks|single_blocks|joint_blocks|single_transformer|^transformer\.|^lora_transformer"
     r"|^diffusion_model\.(?!input_blocks|middle_block|output_blocks|out\.|time_embed)":
         "a transformer model (Flux, SD 3 or similar)",
     r"lora_te2_|text_encoder_2\.|attentions.\d.transformer_blocks.[1-9]|put_blocks.\d.1.transformer_blocks.[1-9]"
-    r"|attn2.*to_k.* \[\d+, 2048": "SDXL",
-    r"attn2.*to_k.* \[\d+, 1024": "SD 2"}
+    rf"|{TO_TEXT}, 2048": "SDXL", rf"{TO_TEXT}, 1024": "SD 2"}
 CHECKPOINT = re.compile(r"^((model\.diffusion_model|first_stage_model|cond_stage_model|control_model|controlnet_\w+)\."
                         r"|conv_in\.|(en|de)coder\.conv_in|text_model\.embeddings)")
-NOT_A_LORA = {r"model\.diffusion_model|first_stage_model|down_blocks|encoder\.|^conv_in": "a checkpoint",
+NOT_A_LORA = {r"model\.diffusion_model|first_stage_model|^down_blocks|^encoder\.|^conv_in|^text_model": "a checkpoint",
               r"emb_params|string_to|^clip_[lg] |^<": "a textual inversion embedding"}
 
 
@@ -92,6 +92,7 @@ UNSUPPORTED = {
     r"oft_|boft": "OFT", r"\.on_input$|ia3_": "IA3", r"\.[ab][12](\.weight)?$": "GLoRA", r"\.diff$": "differences of layers",
     r"\.(diff_b|bias)$": "differences of biases", r"\.[wb]_norm$": "differences of norms", r"vera_": "VeRA", r"hra_": "HRA",
     r"lora_[AB]\.(?!default\.)[^.]+\.weight$": "a PEFT adapter under a name of its own", r"\.scalar$": "LyCORIS' scalar",
+    r"custom_diffusion": "Custom Diffusion", r"\.(q|p|lambda)_layer": "T-LoRA",
     r"motion_modules": "motion modules (AnimateDiff)", r"lora_vae": "layers of the VAE",
     r"add_embedding|label_emb": "SDXL's embedding of the size", r"embedding|string_to_param|_emb\.": "embeddings"}
 SUPPORTED = "use a LoRA, LoCon, LoHa, LoKr or DoRA of UNet and text encoder"
@@ -156,7 +157,14 @@ class _File:
             self.metadata, self._get = handle.metadata() or {}, handle.get_tensor
         with path.open("rb") as stream:                         # now: whatever claims to be huge was refused
             self.sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        if any(len(key) > 500 for key in self.shapes):          # a name is searched for patterns: keep that quick
+            raise self.error("is no LoRA: it has keys of more than 500 characters")
         self.config = self._peft_config()
+        for half in ("unet", "text_encoder"):
+            start = str(self.config.get(f"{half}.init_lora_weights", "")).lower()
+            if start.startswith(("pissa", "olora", "loftq", "corda", "lora_ga")):
+                raise self.error(f"was trained from {start}, which changes the base model's weights too; save it again with "
+                                 "PEFT's path_initial_model_for_weight_conversion")
 
     def match_keys(self) -> dict[str, re.Match | None]:
         matches = {key: KEY.fullmatch(key) for key in self.shapes}
@@ -179,7 +187,7 @@ class _File:
         try:
             if note := self.metadata.get("lora_adapter_metadata"):
                 return dict(json.loads(note))           # {"unet.r": 8, "unet.lora_alpha": 4, ...}
-            if any(key.startswith("base_model.model.") for key in self.shapes) and beside.exists():
+            if any(key.startswith("base_model.model.") for key in self.shapes) and beside.is_file():
                 config = dict(json.loads(beside.read_text()))
                 if (kind := config.get("peft_type", "LORA")) != "LORA":
                     raise ValueError(f"{kind} is not supported, only LORA")
