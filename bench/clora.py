@@ -219,8 +219,10 @@ def memory(who: str, what: str, k: int, side: int, options: argparse.Namespace) 
                options.dtype, "--threads", str(options.threads), "--batch", str(options.batch),
                *(["--low-memory"] if options.low_memory else []), *(["--compile"] if options.compile else [])]
     done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode < 0:                             # mostly by the kernel, for lack of memory
+        return {"error": f"killed by signal {-done.returncode}"}
     if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or [f"killed by signal {-done.returncode}"])[-1]}
+        return {"error": (done.stderr.strip().splitlines() or ["failed"])[-1]}
     return json.loads(done.stdout.splitlines()[-1])
 
 
