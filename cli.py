@@ -323,8 +323,8 @@ def run(args: argparse.Namespace) -> None:
             written = [(out / f"{args.method}-{seed}{part}.png").resolve() for part in ("", "-panel")]
             if Path(args.source).resolve() in written and (stale or not same):
                 raise ValueError(f"this would replace {args.source} with another image; give another --out")
-    for text in filter(None, dict.fromkeys([args.prompt, *plan.prompts, args.negative])):
-        if cut := model.text.truncated(text):
+    for texts in ((args.prompt, *plan.prompts), (args.negative,)):
+        if cut := next(filter(None, map(model.text.truncated, texts)), ""):
             print(f'clora: warning: CLIP reads 77 tokens; this was cut off: "{printable(cut, 700)}"', file=sys.stderr)
 
     panel = (demo if args.panel is None else args.panel) and bool(plan.concepts)
