@@ -17,9 +17,7 @@ SD 1.5), T = 77 tokens. In a batch for the UNet, the rows of a picture stand tog
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -30,6 +28,7 @@ import lora as lora_module
 from attention import TextKeys
 from lora import LoRA
 from scheduler import Generators, make_scheduler
+from text import swap_words
 from unet import UNet
 from weights import Model
 
@@ -205,27 +204,6 @@ class Plan:
         return (self.context if self.keys is None else self.keys)[index], self.adapters[index]
 
 
-def swap_words(prompt: str, replacements: Mapping[str, str]) -> str:
-    """The prompt with every word replaced, all at once: whole words, whatever their case and the spaces within them.
-
-    ValueError: a word is only part of a longer one, or of another of them.
-    """
-    prompt = unicodedata.normalize("NFC", prompt)                   # as CLIP's tokenizer does
-    replacements = {unicodedata.normalize("NFC", word): replacement for word, replacement in replacements.items()}
-    words = sorted(replacements, key=len, reverse=True)
-    pattern = "|".join("(" + r"\s+".join(map(re.escape, word.split())) + ")" for word in words)
-    found = set[str]()
-
-    def swap(match: re.Match) -> str:
-        found.add(word := words[(match.lastindex or 1) - 1])
-        return replacements[word]
-    swapped = re.sub(rf"(?<!\w)(?:{pattern})(?!\w)", swap, prompt, flags=re.IGNORECASE) if words else prompt
-    for word in replacements:
-        if word not in found:
-            raise ValueError(f'"{word}" is no word of its own in the prompt "{prompt}"; write spaces around it')
-    return swapped
-
-
 @torch.no_grad()
 def make_plan(model: Model, prompt: str, subjects: Sequence[Subject] = (), style: tuple[LoRA, float] | None = None,
               negative: str = "", method: str = "clora", recipe: Recipe = RECIPES["paper"]) -> Plan:
@@ -244,9 +222,7 @@ def make_plan(model: Model, prompt: str, subjects: Sequence[Subject] = (), style
             raise ValueError(f'two LoRAs are given for the subject "{word}"; each needs a word of its own')
     everyone = swap_words(prompt, {subject.word: subject.trigger for subject in subjects})
     for subject in subjects if method != "clora" else ():
-        if (at := model.text.positions(everyone, subject.trigger)) and at[-1][-1] > model.text.length - 2:
-            raise ValueError(f'"{subject.trigger}" lies beyond the {model.text.length} tokens that CLIP reads of '
-                             f'"{everyone}"; shorten the prompt')
+        model.text.expect_read(subject.trigger, model.text.positions(everyone, subject.trigger))
     own = [swap_words(prompt, {subject.word: subject.trigger}) for subject in subjects]
     one_hot = [[float(i == k) * (1.0 if s.weight is None else s.weight) for i in range(len(subjects))]
                for k, s in enumerate(subjects)]

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from clora import Plan, Step, Subject, decode, rescale
 from weights import Model
+from weights.lora import is_stream
 
 COLOURS = ((230, 60, 50), (40, 110, 230), (40, 170, 90), (240, 170, 30),
            (160, 70, 200), (20, 180, 190), (230, 90, 160), (140, 90, 50))
@@ -70,7 +71,7 @@ def save_picture(path: Path, picture: np.ndarray, settings: dict) -> None:
 
 def load_settings(path: Path) -> dict[str, str]:
     """The text chunks of a PNG as they are. ValueError: no PNG, damaged, or without settings of this program."""
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if is_stream(path):
         raise ValueError(f"{path} is a device or a pipe; name an image")
     try:
         with warnings.catch_warnings(action="error"), Image.open(path, formats=["PNG"]) as image:

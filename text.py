@@ -6,7 +6,9 @@ Shapes: B prompts, T = 77 tokens, D text width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,10 +70,35 @@ class TextEncoder:
             raise ValueError(f'"{phrase}" is not in the prompt "{prompt}"; name the subject as the prompt does')
         if len(found) > 1:
             raise ValueError(f'"{phrase}" occurs {len(found)} times in the prompt "{prompt}"; a subject must occur once')
-        if found[0][-1] > self.length - 2:                  # the last place is the end token's
-            raise ValueError(f'"{phrase}" lies beyond the {self.length} tokens that CLIP reads; shorten the prompt')
+        self.expect_read(phrase, found)
         return found[0]
+
+    def expect_read(self, phrase: str, positions: Sequence[tuple[int, ...]]) -> None:
+        """ValueError: a phrase at these positions was cut off, at least in part."""
+        if any(at[-1] > self.length - 2 for at in positions):           # the last place is the end token's
+            raise ValueError(f'"{phrase}" lies beyond the {self.length} tokens that CLIP reads; shorten the prompt')
 
     def truncated(self, prompt: str) -> str:
         """What CLIP does not read of a prompt, "" if it reads it all."""
         return self.tokenizer.decode(self._ids(prompt)[self.length - 2:]).strip()
+
+
+def swap_words(prompt: str, replacements: Mapping[str, str]) -> str:
+    """The prompt with every word replaced, all at once: whole words, whatever their case and the spaces within them.
+
+    ValueError: a word is only part of a longer one, or of another of them.
+    """
+    prompt = unicodedata.normalize("NFC", prompt)                   # as CLIP's tokenizer does
+    replacements = {unicodedata.normalize("NFC", word): replacement for word, replacement in replacements.items()}
+    words = sorted(replacements, key=len, reverse=True)
+    pattern = "|".join("(" + r"\s+".join(map(re.escape, word.split())) + ")" for word in words)
+    found = set[str]()
+
+    def swap(match: re.Match) -> str:
+        found.add(word := words[(match.lastindex or 1) - 1])
+        return replacements[word]
+    swapped = re.sub(rf"(?<!\w)(?:{pattern})(?!\w)", swap, prompt, flags=re.IGNORECASE) if words else prompt
+    for word in replacements:
+        if word not in found:
+            raise ValueError(f'"{word}" is no word of its own in the prompt "{prompt}"; write spaces around it')
+    return swapped

@@ -25,7 +25,7 @@ from lora import LoRA
 from text import TextEncoder
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
-from weights.lora import printable, read_lora, read_pickle
+from weights.lora import is_stream, printable, read_lora, read_pickle
 from weights.names import ldm_unet_name, ldm_vae_name
 
 # What SD 1.5 publishes; a single file carries none of it.
@@ -375,7 +375,7 @@ def _text_encoder(folder: Path, model: nn.Module) -> TextEncoder:
 
 
 def _read_json(path: Path) -> dict:
-    if path.exists() and not path.is_file() and not path.is_dir():                 # to read a pipe may take for ever
+    if is_stream(path):
         raise ValueError(f"{path} is a device or a pipe")
     try:
         value = json.loads(path.read_text())

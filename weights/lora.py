@@ -134,7 +134,7 @@ class _File:
     def __init__(self, path: Path):
         self.path, self.metadata = path, dict[str, str]()
         try:
-            if path.exists() and not path.is_file() and not path.is_dir():          # to read a pipe may take for ever
+            if is_stream(path):
                 raise self.error("is a device or a pipe; name a file")
             with path.open("rb") as stream:
                 head = stream.read(9)
@@ -411,6 +411,11 @@ def trigger_words(metadata: dict[str, str]) -> list[str]:
     words = [phrase, *(tag for tag, _ in counts.most_common(5))]
     words = words if any(words) else folders[:5] or [metadata.get("ss_output_name", "")]
     return list(dict.fromkeys(filter(None, (printable(word, 60) for word in words))))
+
+
+def is_stream(path: Path) -> bool:
+    """A device or a pipe, which must not be opened: to read it may take for ever."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def printable(text: str, limit: int) -> str:
