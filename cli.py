@@ -161,6 +161,7 @@ def changed(recipe: Recipe, values: dict, where: str) -> Recipe:
     for name, low, high in (("steps", 1, 1000), ("temperature", 1e-6, 1e6), ("guidance", 1, 1e4), ("eta", 0, 1),
                             ("threshold", 0, 1), ("refine_steps", 0, 10_000), ("guidance_rescale", 0, 1),
                             ("switch_every", 1, 1000), ("update_every", 1, 1000), ("refine_stop", 0, 1),
+                            ("update_stop", 0, 1), ("mask_every", 1, 1000),
                             ("alpha", -1e6, 1e6)):
         if not low <= getattr(recipe, name) <= high:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(recipe, name)}; it must be between {low} and {high}")

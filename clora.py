@@ -53,6 +53,7 @@ class Recipe:
     refine_steps: int = 20              # ... this many times more
     refine_stop: float = 0.0            # end a picture's repeats once one lowers its loss by less than this share; 0: never
     update_every: int = 1               # steps from one latent update to the next
+    update_stop: float = 0.0            # end a picture's updates once a step moves its maps by less than this; 0: never
     rescale_maps: bool = False          # scale each map to 0..1 before the loss
     maps_from: str = "cond"             # "cond": conditional pass; "both": mean with the unconditional one
     noise_from: str = "after"           # predict the noise at the latent "after" or "before" the step's last update
@@ -60,6 +61,7 @@ class Recipe:
     threshold: float = 0.4              # theta: share of a map's maximum above which a pixel is the subject's
     mask_ties: bool = True              # a pixel exactly at the threshold belongs to the mask
     mask_from: int = 0                  # first step with masks; before it the variants are averaged
+    mask_every: int = 1                 # steps from one reading of maps and masks to the next
     dilate: bool = False                # grow the masks by a pixel; the four are done in this order
     erode: bool = False                 # shrink the masks by a pixel
     open: bool = False                  # erode, then dilate: drops specks
@@ -286,7 +288,7 @@ def step_generators(noise: Tensor, seeds: Sequence[int]) -> list[torch.Generator
 
 @dataclass(frozen=True)
 class Step:
-    """The state after one denoising step."""
+    """The state after one denoising step. Its maps and masks are those that were read last."""
 
     index: int
     timestep: int
@@ -394,19 +396,23 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
     history: tuple = ()
     finite: list[Tensor] = []
     z = latents * scheduler.init_noise_sigma
+    active = torch.ones(len(z), 1, 1, 1, device=z.device, dtype=torch.bool)         # pictures that are still updated
+    maps: Tensor | None = None
+    masks = torch.ones(len(z), 1 if plan.in_turn else variants, *z.shape[2:], device=z.device)     # [B, V, h, w]
     for i, t in enumerate(scheduler.timesteps):
         # move the latent so that the concepts part (section 3.2)
         losses: list[Tensor] = []
         updates: list[Tensor] = []
         before = z
         repeats = recipe.refine_steps if i in recipe.refine_at else 0
-        if plan.concepts and i <= recipe.update_until and (repeats or i % recipe.update_every == 0):
-            moving = torch.ones(len(z), 1, 1, 1, device=z.device, dtype=torch.bool)
+        due = i <= recipe.update_until and (repeats or i % recipe.update_every == 0)
+        if plan.concepts and due and (not recipe.update_stop or active.any()):
+            moving = active
             for n in range(1 + repeats):
                 before = z
                 value, gradient = contrast(unet, z, t, plan, layers, recipe, low_memory, loss)
                 if recipe.refine_stop and n:
-                    moving &= (losses[-1] - value > recipe.refine_stop * losses[-1]).view(-1, 1, 1, 1)
+                    moving = moving & (losses[-1] - value > recipe.refine_stop * losses[-1]).view(-1, 1, 1, 1)
                     if not moving.any():
                         break
                 z = torch.where(moving, update_latents(z, gradient, recipe.alpha), z)
@@ -418,17 +424,20 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
         turns = [i // recipe.switch_every % variants] if plan.in_turn else [*range(variants)]
         shared = recipe.uncond_from == "base"
         rows = [*(turns[:1] if shared else turns), *(row + variants for row in turns)]
+        reading = layers if maps is None or i % recipe.mask_every == 0 or i == recipe.mask_from else ()
         with torch.inference_mode():
             batches = [[row] for row in rows] if low_memory else [rows]
-            parts = [predict(unet, at, t, plan, batch, layers) for batch in batches]
+            parts = [predict(unet, at, t, plan, batch, reading) for batch in batches]
         noise = torch.cat([noise for noise, _ in parts], dim=1)                     # [B, rows, 4, h, w]
         uncond, cond = noise[:, :-len(turns)], noise[:, -len(turns):]               # [B, V or 1, ...], [B, V, ...]
 
         # one mask per variant, then the blend (section 3.3)
-        maps, masks = None, torch.ones(len(z), len(turns), *z.shape[2:], device=z.device)
-        if plan.concepts:
+        if reading:
+            last = maps
             probs = [torch.cat(layer, dim=1) for layer in zip(*(probs for _, probs in parts))]
             maps = read_maps(probs, z.shape[2:], variants, recipe.maps_from)        # [B, V, m, n, T]
+            if recipe.update_stop and last is not None:
+                active = active & (change_of(last, maps, plan) >= recipe.update_stop).view(-1, 1, 1, 1)
             if i >= recipe.mask_from:
                 masks = torch.stack([make_masks(one, plan.words, z.shape[2:], recipe) for one in maps])
         noise = guide(uncond[:, 0] if shared else blend(uncond, masks), blend(cond, masks), recipe)
@@ -439,6 +448,13 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
             expect_finite(finite)
         yield Step(i, t, z, x0, noise, maps, masks if plan.concepts else None, losses, updates)
     expect_finite(finite)
+
+
+def change_of(last: Tensor, maps: Tensor, plan: Plan) -> Tensor:
+    """How far the concepts' maps moved, as a share of their length: [B, V, m, n, T] twice -> [B]."""
+    v, tokens = zip(*(place for concept in plan.concepts for place in concept))
+    before, now = (x[:, v, :, :, tokens].transpose(0, 1).flatten(1) for x in (last, maps))      # [B, places * m * n]
+    return (now - before).norm(dim=1) / before.norm(dim=1)
 
 
 def expect_finite(finite: Sequence[Tensor]) -> None:

@@ -67,6 +67,8 @@ METHODS |= {
     "refine-0": ("clora", "paper", {"refine_steps": 0}),
     "refine-stop": ("clora", "paper", {"refine_stop": 0.01}),
     "every-2": ("clora", "paper", {"update_every": 2}),
+    "update-stop": ("clora", "paper", {"update_stop": 0.03}),
+    "mask-every-5": ("clora", "paper", {"mask_every": 5}),
     "uncond-base": ("clora", "paper", {"uncond_from": "base"}),
     "refine-0-base": ("clora", "paper", {"refine_steps": 0, "uncond_from": "base"}),
     "every-2-base": ("clora", "paper", {"refine_steps": 0, "update_every": 2, "uncond_from": "base"}),

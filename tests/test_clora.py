@@ -302,7 +302,8 @@ def test_a_batch_has_the_gradients_of_its_pictures(name, low_memory):
 
 
 @pytest.mark.parametrize("changes", [{}, {"scheduler": "pndm"}, {"scheduler": "dpm++"}, {"eta": 0.7}, {"maps_from": "both"},
-                                     {"uncond_from": "base", "update_every": 2}, {"refine_stop": 0.01}])
+                                     {"uncond_from": "base", "update_every": 2}, {"refine_stop": 0.01},
+                                     {"update_stop": 0.05, "mask_every": 2}])
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_a_batch_gives_what_its_pictures_give_alone(changes, low_memory):
     torch.manual_seed(0)
@@ -380,3 +381,45 @@ def test_repeats_end_when_the_loss_stops_falling():
     stop = sorted(gains)[len(gains) // 2]
     first = next(n for n, gain in enumerate(gains) if gain <= stop)
     assert len(free) == 31 and losses(stop) == free[:first + 1] and 0 < first < 29
+
+
+def test_updates_end_when_the_maps_stand_still():
+    """Per picture: the first step that changes the concepts' maps by less than the share is the last with an update."""
+    torch.manual_seed(0)
+    plan = dataclasses.replace(tiny_plan(), words=((2, 3), (6,)))
+    model = SimpleNamespace(unet=UNet(TINY).double().eval().requires_grad_(False), map_level=1,
+                            scheduler_config=SD15_SCHEDULER)
+    noise = torch.randn(2, 4, 6, 8, dtype=torch.float64)
+    places = [place for concept in plan.concepts for place in concept]
+
+    def steps(stop: float) -> list[clora.Step]:
+        return list(clora.compose(model, plan, Recipe(steps=6, refine_at=(), update_stop=stop), noise))
+    free = steps(0)
+    told = [torch.stack([step.maps[:, v, :, :, token] for v, token in places], dim=1).flatten(1) for step in free]
+    changes = torch.stack([(after - before).norm(dim=1) / before.norm(dim=1)
+                           for before, after in itertools.pairwise(told)])                      # [5, 2]
+    stop = changes[0].mean().item()
+    last = [next((n + 1 for n, change in enumerate(changes[:, b]) if change < stop), 6) for b in range(2)]
+    assert sorted(last) == [1, 2]                                   # the pictures end apart, or this shows too little
+    stopped = steps(stop)
+    assert [len(step.losses) for step in stopped] == [1 if i <= max(last) else 0 for i in range(6)]
+    for b in range(2):
+        for step, other in zip(stopped[:last[b] + 1], free):
+            assert torch.equal(step.latents[b], other.latents[b])
+        for step, before in zip(stopped[last[b] + 1:], stopped[last[b]:]):
+            assert all(torch.equal(z[b], before.latents[b]) for z in step.updates)
+
+
+def test_masks_are_kept_between_two_readings():
+    torch.manual_seed(0)
+    plan = dataclasses.replace(tiny_plan(), words=((2, 3), (6,)))
+    unet = UNet(TINY).double().eval().requires_grad_(False)
+    model = SimpleNamespace(unet=unet, map_level=1, scheduler_config=SD15_SCHEDULER)
+    noise = torch.randn(1, 4, 6, 8, dtype=torch.float64)
+    steps = list(clora.compose(model, plan, Recipe(steps=8, update_until=-1, mask_every=3, mask_from=4), noise))
+    new = [i == 0 or not torch.equal(step.maps, steps[i - 1].maps) for i, step in enumerate(steps)]
+    assert [i for i, one in enumerate(new) if one] == [0, 3, 4, 6]
+    for i, step in enumerate(steps):
+        expected = (torch.ones(3, 6, 8) if i < 4 else
+                    clora.variant_masks(step.maps[0], plan.words, (6, 8), Recipe()))
+        assert torch.equal(step.masks[0], expected), i

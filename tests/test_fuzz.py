@@ -487,7 +487,7 @@ FLAGS = {
         "-1"),
     "guidance-rescale": ("nan", "2", "-1"), "refine-steps": ("-1", "99999", "x"), "refine-stop": ("nan", "2"),
     "refine-at": ("x", "0-999999", "-", "5-1"), "switch-every": ("0", "-1"), "update-every": ("0", "-5"),
-        "clip-skip": ("-1", "99", "x"),
+    "update-stop": ("nan", "-1"), "mask-every": ("0", "1001"), "clip-skip": ("-1", "99", "x"),
     "scheduler": ("", "euler", "DDIM", "ddim "), "maps-from": ("", "x\ny"), "method": ("", "magic\nmagic", "🐈"),
         "recipe": ("", "x"),
     "device": ("", "quantum", "cuda:99", "mps", "cpu:0", "meta", "cuda:-1"), "dtype": ("int8", "", "float64", "fp8"),

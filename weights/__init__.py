@@ -332,8 +332,7 @@ def _fill(make: Callable[[], nn.Module], state: dict[str, Tensor], path: Path, d
         if state[key].shape != shape:
             raise ValueError(f"{path}: {key} has shape {list(state[key].shape)}, the config asks for {list(shape)}")
     module.load_state_dict({key: value.to(device, dtype) for key, value in state.items()}, assign=True)
-    if torch.device(device).type == "cuda":         # the layout that convolutions of half precision want there
-        module.to(memory_format=torch.channels_last)        # type: ignore[call-overload]
+    module.to(memory_format=torch.channels_last)    # type: ignore[call-overload]  # what convolutions are fastest in
     return module.eval().requires_grad_(False)
 
 

@@ -64,12 +64,17 @@ def sample(model: Model, prompts: list[str], lora=None, seed: int = 0, guidance:
 def check_judge(model: Model) -> None:
     """Held-out pictures of all sorts; a thing is compared with what is seen nearest to it."""
     rng, right, total = np.random.default_rng(1001), 0, 0
+    styles: list[bool] = []                                                         # told right, of all pictures
+    styled: list[bool] = []                                                         # every kind seen, of those in a style
     pairs: dict[str, Counter] = {"kind": Counter(), "look": Counter()}              # (true, seen): how often
     for _ in range(500):
         scene = judge_scene(rng)
+        picture = renderer.render(scene)[None]
+        (seen,) = LOOK.look(picture)
+        styles.append(LOOK.styles(picture) == [scene.style])
         if scene.style:
+            styled.append(all(any(one.kind == thing.kind for one in seen) for thing in scene.things))
             continue
-        (seen,) = LOOK.look(renderer.render(scene)[None])
         truth = sorted((thing.kind, look_of(thing)) for thing in scene.things)
         right += truth == sorted((one.kind, one.look) for one in seen)
         total += 1
@@ -80,7 +85,8 @@ def check_judge(model: Model) -> None:
     shares = {what: sum(n for (true, seen), n in found.items() if true == seen) / found.total()
               for what, found in pairs.items()}
     print(f"judge: {right} of {total} held-out pictures read without any error ({right / total:.1%}); "
-          f"kind right {shares['kind']:.1%}, look right {shares['look']:.1%} of {pairs['kind'].total()} things")
+          f"kind right {shares['kind']:.1%}, look right {shares['look']:.1%} of {pairs['kind'].total()} things; style told "
+          f"right in {np.mean(styles):.1%} of 500, every kind seen in {sum(styled)} of the {len(styled)} in a style")
     for what, names in (("kind", renderer.KINDS), ("look", LOOKS)):
         print(confusion(what, names, pairs[what]))
 
