@@ -1,9 +1,16 @@
 """Small random models that many tests share."""
 
+import os
 import sys
+from collections import Counter
 
 import pytest
 import torch
+
+# One thread for each worker, also in the commands that it starts: more would wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 import cli  # noqa: F401  before anything is computed: it asks MKL for the same bytes every time
 from unet import UNet, UNetConfig
@@ -27,9 +34,27 @@ def tiny_text():
                                         num_attention_heads=4, max_position_embeddings=77)).eval().requires_grad_(False)
 
 
-def pytest_terminal_summary(terminalreporter):
-    """How many inputs test_fuzz.py tried."""
+TRIED: Counter = Counter()                  # what test_fuzz.py and test_survival.py tried, in all processes
+
+
+def tried_here() -> dict[str, int]:
     fuzz = sys.modules.get("tests.test_fuzz")
-    if fuzz is not None and fuzz.TRIED:
-        listed = ", ".join(f"{count} {kind}" for kind, count in fuzz.TRIED.items())
-        terminalreporter.write_line(f"hostile inputs tried: {fuzz.TRIED.total()} ({listed})")
+    return {} if fuzz is None else dict(fuzz.TRIED)
+
+
+def pytest_sessionfinish(session):
+    """A worker of pytest-xdist hands over what it counted."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tried"] = tried_here()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    TRIED.update(getattr(node, "workeroutput", {}).get("tried", {}))
+
+
+def pytest_terminal_summary(terminalreporter):
+    TRIED.update(tried_here())
+    if TRIED:
+        listed = ", ".join(f"{count} {kind}" for kind, count in TRIED.items())
+        terminalreporter.write_line(f"hostile inputs tried: {TRIED.total()} ({listed})")
