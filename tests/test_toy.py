@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from lora import attach, merged_weights
+from vae import VAE, VAEConfig
 from weights import load_model
 from weights.lora import read_lora
 from weights.toy import judge, renderer, train
@@ -115,6 +116,18 @@ def test_the_command_without_arguments_twice(tmp_path):
     assert picture.shape == (128, 128, 3)
     seen = judge.load_judge().look(picture[None])[0]
     assert {"ball", "ring"} <= {one.kind for one in seen}
+
+
+def test_a_larger_autoencoder_begins_where_the_smaller_one_ended():
+    torch.manual_seed(0)
+    small, large = (VAE(VAEConfig.from_dict({**train.VAE_CONFIG, "layers_per_block": n})).eval().requires_grad_(False)
+                    for n in (1, 2))
+    picture = torch.randn(1, 3, 32, 32)
+    latents = small.encode(picture)[0]
+    assert (large.decode(latents) - small.decode(latents)).abs().max() > 0.01
+    train.grow(large, small)
+    assert torch.equal(large.encode(picture)[0], latents)
+    assert torch.equal(large.decode(latents), small.decode(latents))
 
 
 @pytest.mark.parametrize("flags, word", [

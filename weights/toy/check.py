@@ -108,7 +108,7 @@ def check_vae(model: Model) -> None:
     taught = {instance.name for instance in renderer.INSTANCES}
     again_seen: list[bool] = []                     # for every thing that looks like an instance
     looks, lost = Counter(), Counter()              # of all things; of those that are not seen again
-    for _ in range(40):
+    for _ in range(120):
         scenes = [scene for scene in (judge_scene(rng) for _ in range(10)) if not scene.style]
         pictures = np.stack([renderer.render(scene) for scene in scenes])
         x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -122,9 +122,10 @@ def check_vae(model: Model) -> None:
             looks.update(look for _, look in truth)
             lost.update(look for _, look in (Counter(truth) - seen).elements())
             again_seen += [thing in [(one.kind, one.look) for one in mine] for thing in truth if thing[1] in taught]
-    print(f"vae: the judge reads {same / total:.1%} of the reconstructions right, {originals / total:.1%} of the originals; "
-          f"it knows {np.mean(again_seen):.1%} of {len(again_seen)} things in a texture of the LoRAs again; "
-          "most often lost: " + ", ".join(f"{look} ({count} of {looks[look]})" for look, count in lost.most_common(3)))
+    print(f"vae: the judge reads {same / total:.1%} of {total} reconstructions right, "
+          f"{originals / total:.1%} of the originals; it knows {np.mean(again_seen):.1%} of {len(again_seen)} "
+          "things in a texture of the LoRAs again; most often lost: "
+          + ", ".join(f"{look} ({count} of {looks[look]})" for look, count in lost.most_common(3)))
 
 
 def check_base(model: Model, count: int = 200) -> None:

@@ -39,7 +39,7 @@ from weights.toy import renderer
 
 VAE_CONFIG = {
     "_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3, "latent_channels": 4,
-    "block_out_channels": [32, 32, 64, 64], "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 128,
+    "block_out_channels": [32, 32, 64, 64], "layers_per_block": 2, "norm_num_groups": 8, "sample_size": 128,
     "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
     "scaling_factor": 1.0,                          # measured at the end of the stage
 }
@@ -130,16 +130,18 @@ def to_tensor(pictures: list[np.ndarray], device: str) -> Tensor:
 # --- vae ------------------------------------------------------------------------------------------------------------
 
 def object_crops(rng: np.random.Generator, count: int, side: int = 64) -> list[np.ndarray]:
-    """Crops of random scenes, most of them around an object: that is where textures and colours are. Half of the scenes
-    hold nothing but dots and stripes, which are lost first: seen no oftener than the rest, they melt into one colour."""
+    """Crops of random scenes, most of them around an object: that is where textures and colours are. What is lost first
+    is shown oftener than the world shows it: dots and stripes, small objects, and the dark outlines of the night."""
     from weights.toy.judge import judge_scene
     crops: list[np.ndarray] = []
     while len(crops) < count:
         draw = rng.random()
-        scene = (renderer.any_scene(rng) if draw < 0.25 else judge_scene(rng) if draw < 0.5
+        scene = (renderer.any_scene(rng) if draw < 0.35 else judge_scene(rng) if draw < 0.7
                  else renderer.random_scene(rng, textures=("dotted",) if draw < 0.9 else ("striped",)))
+        if rng.random() < 0.5 * (len(scene.things) == 1) + 0.25 * (scene.background != "night"):
+            continue
         picture = renderer.render(scene)
-        for thing in scene.things[:2]:
+        for thing in scene.things:
             x, y = (thing.x, thing.y) if rng.random() < 0.85 else rng.uniform(0, renderer.SIZE, 2)
             left, top = (int(np.clip(c - side / 2 + rng.uniform(-20, 20), 0, renderer.SIZE - side)) for c in (x, y))
             crops.append(picture[top:top + side, left:left + side])
@@ -155,8 +157,22 @@ def colour_shares(pictures: Tensor) -> Tensor:
     return F.avg_pool2d((-distance / 0.1).softmax(1), 8, stride=4)
 
 
+@torch.no_grad()
+def grow(vae: VAE, smaller: VAE) -> None:
+    """Puts the weights of an autoencoder with fewer layers per block into `vae`, which then computes the same: the layers
+    that it has more are residual, and the last convolution of each is set to zero."""
+    known = smaller.state_dict()
+    for key, value in vae.state_dict().items():
+        if key in known:
+            value.copy_(known[key])
+        elif ".conv2." in key:
+            value.zero_()
+
+
 def train_vae(args: argparse.Namespace) -> None:
-    vae = load_vae(args.device).requires_grad_() if args.init else VAE(VAEConfig.from_dict(VAE_CONFIG)).to(args.device)
+    vae = VAE(VAEConfig.from_dict(VAE_CONFIG)).to(args.device, memory_format=torch.channels_last)
+    if args.init:
+        grow(vae, load_vae(args.device))
     if args.decoder_only:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
@@ -166,8 +182,9 @@ def train_vae(args: argparse.Namespace) -> None:
         picture = to_tensor(object_crops(run.rng(), 16), args.device)                           # [16, 3, 64, 64]
         with torch.autocast(args.device, torch.bfloat16, enabled=not args.fp32):
             mean, logvar = (part.float() for part in vae.encode(picture))                       # [16, 4, 8, 8]
-            # what the UNet will draw is never exact: noise of a tenth of the latents' spread keeps colours apart in them
-            deviation = (0.5 * logvar).exp() + 0.1 * mean.detach().std()
+            # what the UNet will draw is never exact: noise up to a tenth of the latents' spread keeps colours apart in them
+            spread = 0.1 * torch.rand(len(mean), 1, 1, 1, device=mean.device) * mean.detach().std()
+            deviation = (0.5 * logvar).exp() + spread                                           # [16, 4, 8, 8]
             out = vae.decode(mean + deviation * torch.randn_like(mean)).float()
         error = out - picture
         # Pixels alone first learn shapes and leave red, orange and green, purple much alike; concepts are told apart
@@ -191,6 +208,7 @@ def train_vae(args: argparse.Namespace) -> None:
     vae.eval()
     save_half(vae, HERE / "vae/diffusion_pytorch_model.safetensors")
     if known is not None:                           # the UNet knows the latents at the scale that they had
+        write_json(HERE / "vae/config.json", {**VAE_CONFIG, "scaling_factor": known.config.scaling_factor})
         return
     rng = np.random.default_rng(1)
     with torch.no_grad():
