@@ -112,14 +112,15 @@ def build(who: str, k: int, side: int, options: argparse.Namespace) -> tuple[dic
     device, dtype = options.device, DTYPES[options.dtype]
     h = side // 8
     variants = k + 1
+    layout = {"memory_format": torch.channels_last} if device == "cuda" else {}         # as load_model has it
     with torch.no_grad():
         if who == "ours":
-            unet = UNet(UNetConfig()).eval().requires_grad_(False).to(device, dtype, memory_format=torch.channels_last)
+            unet = UNet(UNetConfig()).eval().requires_grad_(False).to(device, dtype, **layout)
         else:
             import diffusers
             theirs = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8,
                                                     block_out_channels=(320, 640, 1280, 1280)).eval().requires_grad_(False)
-            theirs.to(device, dtype, memory_format=torch.channels_last)
+            theirs.to(device, dtype, **layout)
             with torch.device("meta"):
                 unet = UNet(UNetConfig()).eval()
             unet.load_state_dict(theirs.state_dict(), assign=True)

@@ -31,13 +31,14 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def pair(theirs: torch.nn.Module, make, options: argparse.Namespace) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Ours with the weights of theirs, each in the layout in which it is loaded (on CUDA diffusers' in ours as well)."""
+    """Ours with the weights of theirs."""
     theirs = theirs.eval().requires_grad_(False).to(options.device, DTYPES[options.dtype])
-    ours = make().eval().requires_grad_(False).to(options.device, DTYPES[options.dtype], memory_format=torch.channels_last)
-    ours.load_state_dict(theirs.state_dict())
+    with torch.device("meta"):
+        ours = make().eval()
+    ours.load_state_dict(theirs.state_dict(), assign=True)
     if options.device == "cuda":
-        theirs.to(memory_format=torch.channels_last)
-    return ours, theirs
+        ours, theirs = (module.to(memory_format=torch.channels_last) for module in (ours, theirs))
+    return ours.requires_grad_(False), theirs
 
 
 def alternate(calls: dict, runs: int, cuda: bool) -> dict[str, list[float]]:

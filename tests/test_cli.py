@@ -181,7 +181,6 @@ def test_text_lora_can_be_left_out(tmp_path):
     ["--scheduler", "lcm"],
     ["--recipe", "release", "--steps", "3"], ["--negative", "nsfw"], ["--refine-at", "1"], ["--rescale-maps"],
     ["--seed", "9"], ["--dtype", "bfloat16"], ["--update-every", "2"], ["--uncond-from", "base"], ["--refine-stop", "1"],
-    ["--update-stop", "1"],
     ["--recipe", "fast", "--steps", "3"]])
 def test_every_setting_changes_the_picture(flags, tmp_path):
     run(*TWO, out=tmp_path / "plain")

@@ -332,7 +332,9 @@ def _fill(make: Callable[[], nn.Module], state: dict[str, Tensor], path: Path, d
         if state[key].shape != shape:
             raise ValueError(f"{path}: {key} has shape {list(state[key].shape)}, the config asks for {list(shape)}")
     module.load_state_dict({key: value.to(device, dtype) for key, value in state.items()}, assign=True)
-    module.to(memory_format=torch.channels_last)    # type: ignore[call-overload]  # what convolutions are fastest in
+    # The layout that convolutions are fastest in, but not for weights that are used as they lie in the file, mapped.
+    if torch.device(device).type != "cpu" or any(value.dtype != dtype for value in state.values()):
+        module.to(memory_format=torch.channels_last)        # type: ignore[call-overload]
     return module.eval().requires_grad_(False)
 
 
