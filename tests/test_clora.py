@@ -187,6 +187,14 @@ def tiny_plan(variants: int = 3, dtype: torch.dtype = torch.float64) -> clora.Pl
     return clora.Plan(("",) * variants, context, torch.zeros(2 * variants, 1, dtype=dtype), concepts)
 
 
+def tiny_model() -> tuple[SimpleNamespace, clora.Plan]:
+    """What `compose` needs of a model, and a plan with its words; seeded."""
+    torch.manual_seed(0)
+    plan = dataclasses.replace(tiny_plan(), words=((2, 3), (6,)))
+    unet = UNet(TINY).double().eval().requires_grad_(False)
+    return SimpleNamespace(unet=unet, map_level=1, scheduler_config=SD15_SCHEDULER), plan
+
+
 @pytest.mark.parametrize("name", ["paper", "release"])
 def test_gradient_through_the_unet_equals_central_differences(name):
     torch.manual_seed(0)
@@ -306,10 +314,7 @@ def test_a_batch_has_the_gradients_of_its_pictures(name, low_memory):
                                      {"update_stop": 0.05, "mask_every": 2}])
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_a_batch_gives_what_its_pictures_give_alone(changes, low_memory):
-    torch.manual_seed(0)
-    plan = dataclasses.replace(tiny_plan(), words=((2, 3), (6,)))
-    unet = UNet(TINY).double().eval().requires_grad_(False)
-    model = SimpleNamespace(unet=unet, map_level=1, scheduler_config=SD15_SCHEDULER)
+    model, plan = tiny_model()
     recipe = Recipe(steps=4, refine_at=(1,), refine_steps=2, **changes)
     noise = torch.randn(3, 4, 6, 8, dtype=torch.float64)
 
@@ -326,10 +331,7 @@ def test_a_batch_gives_what_its_pictures_give_alone(changes, low_memory):
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_a_loss_and_masks_of_ones_own(low_memory):
     """The update follows the given loss, twice it moves twice as far, and the blend follows the given masks."""
-    torch.manual_seed(0)
-    plan = dataclasses.replace(tiny_plan(), words=((2, 3), (6,)))
-    model = SimpleNamespace(unet=UNet(TINY).double().eval().requires_grad_(False), map_level=1,
-                            scheduler_config=SD15_SCHEDULER)
+    model, plan = tiny_model()
     recipe, noise = Recipe(steps=1, refine_at=()), torch.randn(2, 4, 6, 8, dtype=torch.float64)
     everything_to = [torch.eye(3, dtype=torch.float64)[v].view(3, 1, 1).expand(3, 6, 8) for v in range(3)]
 
@@ -352,10 +354,7 @@ def test_a_loss_and_masks_of_ones_own(low_memory):
 
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm++"])
 def test_latents_changed_in_place_are_where_the_next_step_starts(scheduler):
-    torch.manual_seed(0)
-    plan = dataclasses.replace(tiny_plan(), words=((2, 3), (6,)))
-    model = SimpleNamespace(unet=UNet(TINY).double().eval().requires_grad_(False), map_level=1,
-                            scheduler_config=SD15_SCHEDULER)
+    model, plan = tiny_model()
     recipe = Recipe(steps=3, update_until=-1, scheduler=scheduler)
     sampler = make_scheduler(SD15_SCHEDULER, 3, scheduler)
     for step in clora.compose(model, plan, recipe, torch.randn(1, 4, 6, 8, dtype=torch.float64)):
@@ -366,10 +365,7 @@ def test_latents_changed_in_place_are_where_the_next_step_starts(scheduler):
 
 def test_repeats_end_when_the_loss_stops_falling():
     """What is done before the stop is what is done without it; and the stop comes at the first small gain."""
-    torch.manual_seed(0)
-    plan = dataclasses.replace(tiny_plan(), words=((2, 3), (6,)))
-    unet = UNet(TINY).double().eval().requires_grad_(False)
-    model = SimpleNamespace(unet=unet, map_level=1, scheduler_config=SD15_SCHEDULER)
+    model, plan = tiny_model()
     noise = torch.randn(1, 4, 6, 8, dtype=torch.float64)
 
     def losses(stop: float) -> list[float]:
@@ -385,10 +381,7 @@ def test_repeats_end_when_the_loss_stops_falling():
 
 def test_updates_end_when_the_maps_stand_still():
     """Per picture: the first step that changes the concepts' maps by less than the share is the last with an update."""
-    torch.manual_seed(0)
-    plan = dataclasses.replace(tiny_plan(), words=((2, 3), (6,)))
-    model = SimpleNamespace(unet=UNet(TINY).double().eval().requires_grad_(False), map_level=1,
-                            scheduler_config=SD15_SCHEDULER)
+    model, plan = tiny_model()
     noise = torch.randn(2, 4, 6, 8, dtype=torch.float64)
     places = [place for concept in plan.concepts for place in concept]
 
@@ -411,10 +404,7 @@ def test_updates_end_when_the_maps_stand_still():
 
 
 def test_masks_are_kept_between_two_readings():
-    torch.manual_seed(0)
-    plan = dataclasses.replace(tiny_plan(), words=((2, 3), (6,)))
-    unet = UNet(TINY).double().eval().requires_grad_(False)
-    model = SimpleNamespace(unet=unet, map_level=1, scheduler_config=SD15_SCHEDULER)
+    model, plan = tiny_model()
     noise = torch.randn(1, 4, 6, 8, dtype=torch.float64)
     steps = list(clora.compose(model, plan, Recipe(steps=8, update_until=-1, mask_every=3, mask_from=4), noise))
     new = [i == 0 or not torch.equal(step.maps, steps[i - 1].maps) for i, step in enumerate(steps)]
