@@ -4,7 +4,7 @@
     vae     how often the judge reads a reconstruction as it reads the picture
     base    fresh prompts of one and two plain objects, 50 DDIM steps: is every named object there, in its colour?
     maps    share of the noun's map inside the object's box, steps 5 to 25
-    masks   share of the picture that each of two subjects' masks takes
+    masks   share of the picture that each of two subjects' masks takes, and that several claim, with and without updates
     lora    each LoRA alone: is its instance (or style) there?
 """
 
@@ -163,20 +163,28 @@ def check_maps(model: Model) -> None:
 
 
 def check_masks(model: Model, count: int = 40) -> None:
-    """Two LoRAs, no latent updates: how much of the picture each one's mask takes, mean of all steps."""
+    """How much of the picture the mask of each of two LoRAs takes, without latent updates; and how much the masks of two
+    and of three claim together, without updates and with them. Means of all steps."""
     from evaluate import embedded_sets
-    recipe = recipe_for(model, update_until=-1)
-    shares = []
-    for number, one in enumerate(embedded_sets("tune", count, 2)):
-        subjects = [Subject(model.lora(file), *words.split("="))
-                    for file, words in one["loras"]]
-        plan = make_plan(model, one["prompt"], subjects, recipe=recipe)
-        steps = compose(model, plan, recipe, initial_noise(model, 128, 128, number))
-        shares += torch.stack([step.masks[0, 1:].mean(dim=(1, 2)) for step in steps]).mean(0).tolist()      # [2]
-    fair = np.mean([0.1 <= share <= 0.6 for share in shares])
-    low, middle, high = np.quantile(shares, [0.05, 0.5, 0.95])
-    print(f"masks: one of two subjects takes {middle:.0%} of the picture (median; {low:.0%} to {high:.0%} in nine of ten); "
-          f"{fair:.0%} of the masks take 10% to 60%")
+    for subjects in (2, 3):
+        overlaps: dict[int, list[float]] = {}                                       # by update_until
+        for until in (-1, recipe_for(model).update_until):
+            recipe, shares, overlaps[until] = recipe_for(model, update_until=until), [], []
+            for number, one in enumerate(embedded_sets("tune", count, subjects)):
+                loras = [Subject(model.lora(file), *words.split("=")) for file, words in one["loras"]]
+                plan = make_plan(model, one["prompt"], loras, recipe=recipe)
+                steps = compose(model, plan, recipe, initial_noise(model, 128, 128, number))
+                masks = torch.stack([step.masks[0, 1:] for step in steps])          # [S, K, 16, 16]
+                shares += masks.mean(dim=(0, 2, 3)).tolist()
+                overlaps[until].append((masks.sum(dim=1) > 1).float().mean().item())
+            if subjects == 2 and until < 0:
+                fair = np.mean([0.1 <= share <= 0.6 for share in shares])
+                low, middle, high = np.quantile(shares, [0.05, 0.5, 0.95])
+                print(f"masks: one of two subjects takes {middle:.0%} of the picture (median; {low:.0%} to {high:.0%} in "
+                      f"nine of ten); {fair:.0%} of the masks take 10% to 60%")
+        without, updated = map(np.mean, overlaps.values())
+        print(f"masks: of {subjects} subjects, more than one claims {without:.1%} of the picture, {updated:.1%} with "
+              "updates", flush=True)
 
 
 def check_lora(model: Model, count: int) -> None:
