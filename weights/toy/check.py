@@ -162,29 +162,35 @@ def check_maps(model: Model) -> None:
           f"worst {np.min(shares):.1%}, {len(shares)} pictures)")
 
 
-def check_masks(model: Model, count: int = 40) -> None:
-    """How much of the picture the mask of each of two LoRAs takes, without latent updates; and how much the masks of two
-    and of three claim together, without updates and with them. Means of all steps."""
+def masks_of(model: Model, subjects: int, update_until: int, count: int) -> list[torch.Tensor]:
+    """The subjects' masks at all steps, [S, K, 16, 16] for each of `count` tuning prompts."""
     from evaluate import embedded_sets
-    for subjects in (2, 3):
-        overlaps: dict[int, list[float]] = {}                                       # by update_until
-        for until in (-1, recipe_for(model).update_until):
-            recipe, shares, overlaps[until] = recipe_for(model, update_until=until), [], []
-            for number, one in enumerate(embedded_sets("tune", count, subjects)):
-                loras = [Subject(model.lora(file), *words.split("=")) for file, words in one["loras"]]
-                plan = make_plan(model, one["prompt"], loras, recipe=recipe)
-                steps = compose(model, plan, recipe, initial_noise(model, 128, 128, number))
-                masks = torch.stack([step.masks[0, 1:] for step in steps])          # [S, K, 16, 16]
-                shares += masks.mean(dim=(0, 2, 3)).tolist()
-                overlaps[until].append((masks.sum(dim=1) > 1).float().mean().item())
-            if subjects == 2 and until < 0:
-                fair = np.mean([0.1 <= share <= 0.6 for share in shares])
-                low, middle, high = np.quantile(shares, [0.05, 0.5, 0.95])
-                print(f"masks: one of two subjects takes {middle:.0%} of the picture (median; {low:.0%} to {high:.0%} in "
-                      f"nine of ten); {fair:.0%} of the masks take 10% to 60%")
-        without, updated = map(np.mean, overlaps.values())
-        print(f"masks: of {subjects} subjects, more than one claims {without:.1%} of the picture, {updated:.1%} with "
-              "updates", flush=True)
+    recipe, masks = recipe_for(model, update_until=update_until), []
+    for number, one in enumerate(embedded_sets("tune", count, subjects)):
+        loras = [Subject(model.lora(file), *words.split("=")) for file, words in one["loras"]]
+        plan = make_plan(model, one["prompt"], loras, recipe=recipe)
+        steps = compose(model, plan, recipe, initial_noise(model, 128, 128, number))
+        masks.append(torch.stack([step.masks[0, 1:] for step in steps]))
+    return masks
+
+
+def overlap(masks: list[torch.Tensor]) -> float:
+    """The share of the picture that more than one subject claims, mean of all steps."""
+    return float(np.mean([(one.sum(dim=1) > 1).float().mean().item() for one in masks]))
+
+
+def check_masks(model: Model, count: int = 40) -> None:
+    """The share of each of two masks without latent updates, and what several claim together, without and with them."""
+    until = recipe_for(model).update_until
+    two, three = (masks_of(model, subjects, -1, count) for subjects in (2, 3))
+    shares = [share for one in two for share in one.mean(dim=(0, 2, 3)).tolist()]
+    fair = np.mean([0.1 <= share <= 0.6 for share in shares])
+    low, middle, high = np.quantile(shares, [0.05, 0.5, 0.95])
+    print(f"masks: one of two subjects takes {middle:.0%} of the picture (median; {low:.0%} to {high:.0%} in nine of ten); "
+          f"{fair:.0%} of the masks take 10% to 60%")
+    for subjects, masks in ((2, two), (3, three)):
+        print(f"masks: of {subjects} subjects, more than one claims {overlap(masks):.1%} of the picture, "
+              f"{overlap(masks_of(model, subjects, until, count)):.1%} with updates", flush=True)
 
 
 def check_lora(model: Model, count: int) -> None:
