@@ -244,13 +244,15 @@ def draw(model: Model, plan: clora.Plan, recipe: Recipe, noise: torch.Tensor, se
          args: argparse.Namespace, keep: bool = False) -> list[Step]:
     """Runs the loop under a progress bar -> the steps: all of them if `keep`, else the last."""
     steps: list[Step] = []
+    losses: list[torch.Tensor] = []
     generators = clora.step_generators(noise, seeds)
     with tqdm(total=recipe.steps, desc=label, disable=args.quiet, leave=True) as bar:
         for step in clora.compose(model, plan, recipe, noise, generators, args.low_memory):
             steps = [*steps, step] if keep else [step]
             bar.update(min(1, bar.total - bar.n))
-            if step.losses and not args.quiet:
-                bar.set_postfix(loss=f"{step.losses[-1].mean().item():.3f}")
+            if losses and not args.quiet:       # of the step before: a GPU would have to end this one to answer
+                bar.set_postfix(loss=f"{losses[-1].mean().item():.3f}")
+            losses = step.losses
     return steps
 
 

@@ -97,7 +97,7 @@ def info_nce_loss(groups: Sequence[Tensor], temperature: float = 0.5) -> Tensor:
     Constant-zero maps have similarity 0 with everything. One concept alone gives 0: it has nothing to be pushed from.
     """
     maps = torch.cat([group.flatten(1) for group in groups])                        # [M, P]
-    label = torch.cat([torch.full((len(group),), c) for c, group in enumerate(groups)]).to(maps.device)
+    label = torch.cat([torch.full((len(group),), c, device=maps.device) for c, group in enumerate(groups)])     # [M]
     directions = divide(maps, maps.norm(dim=1, keepdim=True))
     similarity = directions @ directions.T / temperature                            # [M, M]
     same = label[:, None] == label[None, :]
@@ -154,7 +154,8 @@ def variant_masks(maps: Tensor, words: Sequence[tuple[int, ...]], size: Sequence
     words: for each subject k, the tokens of its trigger in the prompt of variant k + 1.
     """
     masks = torch.stack([
-        morphology(concept_mask(maps[k + 1, :, :, list(tokens)].movedim(-1, 0), recipe.threshold, recipe.mask_ties), recipe)
+        morphology(concept_mask(torch.stack([maps[k + 1, :, :, token] for token in tokens]), recipe.threshold,
+                                recipe.mask_ties), recipe)
         for k, tokens in enumerate(words)])                                         # [K, m, n]
     masks = F.interpolate(masks[None].float(), size=tuple(size), mode="nearest")[0]        # [K, h, w]
     return torch.cat([1 - masks.amax(dim=0, keepdim=True), masks])
@@ -202,7 +203,7 @@ class Plan:
 
     def rows(self, rows: Sequence[int], pictures: int) -> tuple[TextKeys | Tensor, Tensor]:
         """What the UNet is told in these rows, for each picture again: text and adapters [pictures * rows, A]."""
-        index = torch.tensor([*rows] * pictures, device=self.context.device)
+        index = torch.tensor([*rows] * pictures).to(self.context.device, non_blocking=True)     # no waiting for the GPU
         return (self.context if self.keys is None else self.keys)[index], self.adapters[index]
 
 
@@ -222,6 +223,8 @@ def make_plan(model: Model, prompt: str, subjects: Sequence[Subject] = (), style
         model.text.find(prompt, word)
         if words.count(word) > 1:
             raise ValueError(f'two LoRAs are given for the subject "{word}"; each needs a word of its own')
+    if method == "base":
+        subjects, style = (), None                      # no layer adds what would count for nothing
     everyone = swap_words(prompt, {subject.word: subject.trigger for subject in subjects})
     for subject in subjects if method != "clora" else ():
         model.text.expect_read(subject.trigger, model.text.positions(everyone, subject.trigger))
@@ -231,7 +234,7 @@ def make_plan(model: Model, prompt: str, subjects: Sequence[Subject] = (), style
     nothing = [0.0] * len(subjects)
     if method == "clora":
         prompts, strengths = [prompt, *own], [nothing, *one_hot]
-    elif method == "base" or not subjects:
+    elif not subjects:
         prompts, strengths = [prompt], [nothing]
     elif method == "merge":
         prompts = [everyone]
@@ -241,7 +244,7 @@ def make_plan(model: Model, prompt: str, subjects: Sequence[Subject] = (), style
     loras = [subject.lora for subject in subjects]
     if style is not None:
         loras.append(style[0])
-        strengths = [[*row, 0.0 if method == "base" else style[1]] for row in strengths]
+        strengths = [[*row, style[1]] for row in strengths]
 
     lora_module.attach(model.unet, loras)
     rows = [encode(model, [negative, text], list(zip(loras, row)), recipe) for text, row in zip(prompts, strengths)]

@@ -235,7 +235,7 @@ class UNet(nn.Module):
             return stop_after_maps and len(maps) == len(maps_at)
 
         # 1. time
-        timestep = torch.as_tensor(timestep, device=latents.device).expand(len(latents))        # [B]
+        timestep = torch.as_tensor(timestep).to(latents.device, non_blocking=True).expand(len(latents))     # [B]
         embed = timestep_embedding(timestep, self.config.block_out_channels[0]).to(latents.dtype)
         embed = self.time_embedding(embed, adapters)                                            # [B, E]
 

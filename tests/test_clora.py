@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import clora
 import lora
@@ -413,3 +415,49 @@ def test_masks_are_kept_between_two_readings():
         expected = (torch.ones(3, 6, 8) if i < 4 else
                     clora.variant_masks(step.maps[0], plan.words, (6, 8), Recipe()))
         assert torch.equal(step.masks[0], expected), i
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where a GPU would be waited for: at a copy to it that blocks. Values read back fail on "meta" by themselves."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and out.device != args[0].device:
+            assert (kwargs or {}).get("non_blocking"), f"a blocking copy of {tuple(out.shape)}"
+        return out
+
+
+class NoNumbers(TorchFunctionMode):
+    """The same for numbers that Python writes to the GPU, which no dispatch mode sees."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.tensor, torch.as_tensor) or "device" not in (kwargs or {}), "numbers written to the device"
+        if func is Tensor.__getitem__:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            assert not any(isinstance(x, (list, tuple)) for x in index), "an index written to the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("low_memory,changes", [
+    (False, {}),
+    (False, {"scheduler": "dpm++", "uncond_from": "base", "guidance_rescale": 0.7, "mask_every": 2, "open": True}),
+    (True, {"scheduler": "pndm", "rescale_maps": True, "maps_from": "both", "noise_from": "before", "mask_ties": False})])
+def test_steps_run_on_another_device_and_never_wait_for_it(low_memory, changes):
+    """PyTorch's "meta" device in a GPU's place: it takes no tensor of the processor and gives no value back."""
+    model, plan = tiny_model()
+    layers = {name: lora.LoRALayer(torch.ones(2, *module.weight.shape[1:]), torch.ones(len(module.weight), 2))
+              for name, module in model.unet.named_modules() if isinstance(module, (lora.LoRALinear, lora.LoRAConv2d))}
+    model.unet.half().to("meta")
+    lora.attach(model.unet, [LoRA(Path("a"), "a", "", "", (2,), layers, {}, {})])
+    plan = dataclasses.replace(plan, context=plan.context.half().to("meta"), adapters=plan.adapters.half().to("meta"))
+    plan = dataclasses.replace(plan, keys=model.unet.text_keys(plan.context, plan.adapters))
+    recipe = Recipe(steps=3, refine_at=(1,), refine_steps=1, **changes)
+    noise = torch.empty(2, 4, 6, 8, dtype=torch.half, device="meta")
+    steps = clora.compose(model, plan, recipe, noise, low_memory=low_memory)
+    for _ in make_scheduler(SD15_SCHEDULER, recipe.steps, recipe.scheduler).timesteps:
+        with NoWaiting(), NoNumbers():
+            step = next(steps)
+        assert step.latents.device.type == step.masks.device.type == step.losses[0].device.type == "meta"
+        assert step.latents.shape == noise.shape and step.latents.dtype == torch.half and step.masks.shape == (2, 3, 6, 8)
+    with pytest.raises(RuntimeError, match="meta"):         # only after the last one: were the latents finite?
+        next(steps)
