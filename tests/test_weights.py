@@ -43,6 +43,35 @@ def test_a_folder(folder):
     assert all(torch.equal(value, stored[key].float()) for key, value in model.unet.state_dict().items())
 
 
+def test_a_tokenizer_in_one_file(folder, monkeypatch):
+    """transformers 5 saves no vocab.json and merges.txt."""
+    from transformers import CLIPTokenizerFast
+    text = "a Striped cat, and an unheard-of dog"
+    whole = load_model(folder)
+    CLIPTokenizerFast.from_pretrained(folder / "tokenizer").save_pretrained(folder / "saved")
+    for name in ("vocab.json", "merges.txt"):
+        (folder / "saved" / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "tokenizer")
+    (folder / "saved").rename(folder / "tokenizer")
+    alone = load_model(folder)
+    assert torch.equal(alone.text.encode([text]), whole.text.encode([text]))
+    assert alone.text.positions(text, "dog") == whole.text.positions(text, "dog") != []
+    assert folder / "tokenizer/tokenizer.json" in alone.files
+    (folder / "tokenizer/tokenizer.json").unlink()
+    assert "vocab.json is missing" in refused(folder)
+
+
+@pytest.mark.parametrize("given", [{}, {"clip_sample": True}, {"clip_sample": True, "steps_offset": 0}])
+def test_latents_are_not_clipped_whatever_the_folder_says(given, folder):
+    """A folder that was saved with Euler or UniPC says nothing of clip_sample, and DDIM's own default is to clip."""
+    path = folder / "scheduler/scheduler_config.json"
+    config = json.loads(path.read_text())
+    del config["clip_sample"], config["steps_offset"]
+    path.write_text(json.dumps({**config, "_class_name": "EulerDiscreteScheduler", **given}))
+    config = load_model(folder).scheduler_config
+    assert config["clip_sample"] is False and config["steps_offset"] == 1 and config["beta_start"] == 0.00085
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_precisions(folder, dtype):
     model = load_model(folder, dtype=dtype)
@@ -125,10 +154,11 @@ def ldm_state(model) -> dict[str, torch.Tensor]:
         key = key if key.startswith("text_model.") else f"text_model.{key}"
         state[f"cond_stage_model.transformer.{key}"] = value
     return state | {"betas": torch.zeros(3), "model_ema.decay": torch.zeros(()),
+                    "cond_stage_model.transformer.text_projection.weight": torch.zeros(2, 2),
                     "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "ckpt"])
+@pytest.mark.parametrize("kind", ["safetensors", "ckpt", "safetensors in a .ckpt"])
 def test_a_single_file_gives_the_same_model(kind, tmp_path, monkeypatch):
     expected = load_model(GOLDEN)
     config = json.loads((GOLDEN / "text_encoder/config.json").read_text())
@@ -138,8 +168,8 @@ def test_a_single_file_gives_the_same_model(kind, tmp_path, monkeypatch):
         part = name.removesuffix("Config")
         monkeypatch.setattr(weights, part, lambda config=cls, make=getattr(weights, part): make(config))
     state = {key: value.contiguous() for key, value in ldm_state(expected).items()}
-    path = tmp_path / f"model.{kind}"
-    save_file(state, path) if kind == "safetensors" else torch.save({"state_dict": state, "global_step": 7}, path)
+    path = tmp_path / ("model.safetensors" if kind == "safetensors" else "model.ckpt")
+    save_file(state, path) if "safetensors" in kind else torch.save({"state_dict": state, "global_step": 7}, path)
     shutil.copytree(GOLDEN / "tokenizer", tmp_path / "tokenizer")
     model = load_model(path)
     for part in ("unet", "vae"):
@@ -260,6 +290,28 @@ def test_only_the_files_that_are_used_are_fetched(dtype, mark, monkeypatch):
         f"vae/diffusion_pytorch_model{mark}.safetensors"]
 
 
+def test_a_model_of_pickles_on_the_hub(folder, tmp_path, monkeypatch):
+    import fnmatch
+
+    import huggingface_hub
+    for part, old in (("unet", "diffusion_pytorch_model.bin"), ("vae", "diffusion_pytorch_model.bin"),
+                      ("text_encoder", "pytorch_model.bin")):
+        path = next((folder / part).glob("*.safetensors"))
+        torch.save(load_file(path), folder / part / old)
+        path.unlink()
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+    def download(repo, allow_patterns, local_files_only):
+        for name in files:
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (tmp_path / "got" / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(folder / name, tmp_path / "got" / name)
+        return str(tmp_path / "got")
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda api, repo, **_: listing(files))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert load_model("someone/of-2022").hash() == load_model(folder).hash()
+
+
 def test_the_hub_out_of_reach(monkeypatch):
     import huggingface_hub
 
@@ -313,7 +365,9 @@ def test_a_lora_in_the_hubs_cache(offline):
     assert find_lora("someone/cats") == two / "pytorch_lora_weights.safetensors"
     assert find_lora("someone/cats:old/b [1].safetensors") == two / "old/b [1].safetensors"
     assert "0.safetensors, 1.safetensors, 10" in not_found("someone/many") and "..." in not_found("someone/many")
-    assert "no .safetensors" in not_found("someone/none")
+    assert "no .safetensors or .ckpt or .bin file" in not_found("someone/none")
+    old = cache(offline, "someone/old", "README.md", "pytorch_lora_weights.bin", "optimizer.bin")
+    assert find_lora("someone/old") == old / "pytorch_lora_weights.bin"
     for source in ("someone/else", "someone/cats:c.safetensors", "someone/else:c.safetensors", "a..b/--c"):
         assert source.split(":")[0] in not_found(source) and "cannot be reached" in not_found(source)
 
@@ -346,4 +400,8 @@ def test_a_lora_on_the_hub(tmp_path, monkeypatch):
     assert find_lora("someone/cats:b.safetensors") == tmp_path / "b.safetensors"
     files.remove("b.safetensors")
     assert find_lora("someone/cats") == tmp_path / "a.safetensors"
-    assert asked == [("someone/cats", "b.safetensors"), ("someone/cats", "a.safetensors")]
+    assert asked == [("someone/cats", f"{name}.safetensors", "adapter_config.json") for name in "ba"]
+    files[:] = ["README.md", "dog/adapter_model.safetensors", "dog/adapter_config.json"]
+    (tmp_path / "dog").mkdir()
+    assert find_lora("someone/cats") == tmp_path / "dog/adapter_model.safetensors"
+    assert asked[-1][1:] == ("dog/adapter_model.safetensors", "dog/adapter_config.json")      # PEFT's alpha is in there

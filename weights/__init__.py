@@ -25,7 +25,7 @@ from lora import LoRA
 from text import TextEncoder
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
-from weights.lora import is_stream, printable, read_lora, read_pickle
+from weights.lora import is_pickle, is_stream, printable, read_lora, read_pickle
 from weights.names import ldm_unet_name, ldm_vae_name
 
 # What SD 1.5 publishes; a single file carries none of it.
@@ -43,6 +43,8 @@ LORA_ENDINGS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 NOT_CACHED = "{} is not in the local cache, and the hub cannot be reached or has no such repository"
 TOKENIZER_ID = "openai/clip-vit-large-patch14"              # SD 1.5's tokenizer, for single files
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
+# What diffusers' StableDiffusionPipeline sets whatever the folder says: latents are no pictures between -1 and 1.
+SCHEDULER_ALWAYS = {"clip_sample": False, "steps_offset": 1}
 
 
 @dataclass
@@ -123,7 +125,7 @@ def _load_folder(folder: Path, name: str, device: str, dtype: torch.dtype) -> Mo
               "clora.json", *(f"tokenizer/{file}" for file in TOKENIZER_FILES)]
     files += [folder / file for file in beside if (folder / file).is_file()]
     return Model(unet, vae, _text_encoder(folder / "tokenizer", text),
-                 _read_json(folder / "scheduler/scheduler_config.json"), name, files, settings)
+                 _read_json(folder / "scheduler/scheduler_config.json") | SCHEDULER_ALWAYS, name, files, settings)
 
 
 def _weights_file(folder: Path, stem: str, old: str) -> Path:
@@ -174,7 +176,8 @@ def _load_single_file(path: Path, name: str, device: str, dtype: torch.dtype) ->
     vae = _fill(VAE, parts["vae"], path, device, _vae_dtype(dtype))
     text = _text_model(SD15_TEXT, parts["text_encoder"], path, device, dtype)
     beside = path.parent / "tokenizer"
-    folder = beside if (beside / "vocab.json").is_file() else _fetch_tokenizer(path)
+    given = any((beside / name).is_file() for name in ("vocab.json", "tokenizer.json"))
+    folder = beside if given else _fetch_tokenizer(path)
     return Model(unet, vae, _text_encoder(folder, text), SD15_SCHEDULER, name, [path])
 
 
@@ -207,14 +210,15 @@ def _fetch(repo: str, dtype: torch.dtype) -> Path:
     wanted += [f"{part}/config.json" for part in ("unet", "vae", "text_encoder")]
     wanted += [f"tokenizer/{name}" for name in TOKENIZER_FILES]
     present = _list(repo)
-    for part, stem in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
-        full, half = f"{part}/{stem}.safetensors", f"{part}/{stem}.fp16.safetensors"
+    for part, stem, old in (("unet", "diffusion_pytorch_model", "diffusion_pytorch_model.bin"),
+                            ("vae", "diffusion_pytorch_model", "diffusion_pytorch_model.bin"),
+                            ("text_encoder", "model", "pytorch_model.bin")):
+        names = [f"{part}/{stem}.safetensors", f"{part}/{stem}.fp16.safetensors", f"{part}/{old}"]
         if present is None:
-            wanted += [full, half]
-        elif half in present and (dtype != torch.float32 or full not in present):
-            wanted.append(half)
+            wanted += names
         else:
-            wanted.append(full)
+            preferred = names if dtype == torch.float32 else [names[1], names[0], names[2]]
+            wanted += [name for name in preferred if name in present][:1]
     return _download(repo, wanted, offline=present is None)
 
 
@@ -231,7 +235,7 @@ def find_lora(source: str | Path) -> Path:
 
     A file that exists wins over a repository of that name. As everywhere with the hub its newest version is taken, and the
     cached one where the hub cannot be reached. Without a file name: pytorch_lora_weights.safetensors, else the only
-    .safetensors. ValueError: nothing like that there.
+    .safetensors, and where there is none of those the same with the older endings. ValueError: nothing like that there.
     """
     place = hub_place(source)
     if place is None:
@@ -241,20 +245,22 @@ def find_lora(source: str | Path) -> Path:
     if name is None:
         names = present
         if names is None:
-            folder = _download(repo, ["*.safetensors"], offline=True)
-            names = {file.relative_to(folder).as_posix() for file in folder.rglob("*.safetensors")}
-        candidates = sorted(file for file in names if file.endswith(".safetensors"))
-        usual = "pytorch_lora_weights.safetensors"
-        if usual not in candidates and len(candidates) != 1:
+            folder = _download(repo, [f"*{ending}" for ending in LORA_ENDINGS], offline=True)
+            names = {file.relative_to(folder).as_posix() for file in folder.rglob("*")}
+        candidates = (sorted(file for file in names if file.endswith(LORA_ENDINGS[0]))
+                      or sorted(file for file in names if file.endswith(LORA_ENDINGS)))
+        usual = [file for file in candidates if Path(file).stem == "pytorch_lora_weights"] or candidates
+        if len(usual) != 1:
             if not candidates:
-                raise ValueError(f"{repo} has no .safetensors file; name a repository of a LoRA")
+                raise ValueError(f"{repo} has no {' or '.join(LORA_ENDINGS[:3])} file; name a repository of a LoRA")
             several = ", ".join(candidates[:9]) + (" ..." if len(candidates) > 9 else "")
-            raise ValueError(f"{repo} has several LoRAs: {several}; name one as {repo}:FILE.safetensors")
-        name = usual if usual in candidates else candidates[0]
+            raise ValueError(f"{repo} has several LoRAs: {several}; name one as {repo}:{candidates[0]}")
+        name = usual[0]
     elif present is not None and name not in present:
         raise ValueError(f"{repo} has no file {name}; there are "
                          f"{', '.join(sorted(file for file in present if file.endswith(LORA_ENDINGS))[:9]) or 'no LoRAs'}")
-    file = _download(repo, [glob.escape(name)], offline=present is None) / name
+    settings = Path(name).with_name("adapter_config.json").as_posix()               # PEFT notes alpha beside the weights
+    file = _download(repo, [glob.escape(name), glob.escape(settings)], offline=present is None) / name
     if not file.is_file():
         raise ValueError(f"{repo} cannot be loaded: {NOT_CACHED.format(name)}")
     return file
@@ -307,7 +313,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         if path.stat().st_size == 0:
             raise ValueError("is empty; download it again")
-        return load_file(path) if path.suffix == ".safetensors" else read_pickle(path)
+        return read_pickle(path) if is_pickle(path) else load_file(path)
     except ValueError as error:
         reason = str(error)
     except Exception as error:                      # SafetensorError, or what a damaged header makes torch raise
@@ -345,7 +351,7 @@ def _text_model(config: dict, state: dict[str, Tensor], path: Path, device: str,
     with torch.device("meta"):
         nested = any(key.startswith("text_model.") for key in CLIPTextModel(CLIPTextConfig(**keep)).state_dict())
     state = {key if nested else key.removeprefix("text_model."): value for key, value in state.items()
-             if not key.endswith("position_ids")}
+             if not key.endswith(("position_ids", "text_projection.weight"))}         # of other forms of the class
     if nested:
         state = {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in state.items()}
     model = _fill(lambda: CLIPTextModel(CLIPTextConfig(**keep)), state, path, device, dtype)
@@ -357,12 +363,13 @@ def _text_model(config: dict, state: dict[str, Tensor], path: Path, device: str,
 
 def _text_encoder(folder: Path, model: nn.Module) -> TextEncoder:
     """The tokenizer in this folder, with the text model that it must fit."""
-    from transformers import CLIPTokenizer
-    for name in ("vocab.json", "merges.txt"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} is missing")
+    from transformers import CLIPTokenizer, CLIPTokenizerFast  # type: ignore[attr-defined]
+    missing = [folder / name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+    if missing and not (folder / "tokenizer.json").is_file():           # the one file that transformers 5 writes
+        raise ValueError(f"{missing[0]} is missing")
     try:
-        text = TextEncoder(CLIPTokenizer.from_pretrained(folder, model_max_length=77), model)
+        kind = CLIPTokenizerFast if missing else CLIPTokenizer
+        text = TextEncoder(kind.from_pretrained(folder, model_max_length=77), model)
         ids, size = text.tokenizer("a").input_ids, model.get_input_embeddings().num_embeddings
         if ids[0] != text.tokenizer.bos_token_id or ids[-1] != text.tokenizer.eos_token_id or len(ids) < 3:
             raise ValueError("it puts no start and end around a prompt")

@@ -136,13 +136,12 @@ class _File:
         try:
             if is_stream(path):
                 raise self.error("is a device or a pipe; name a file")
-            with path.open("rb") as stream:
-                head = stream.read(9)
+            size, pickled = path.stat().st_size, is_pickle(path)
         except OSError as error:
             raise self.error(f"cannot be read ({str(error.strerror).lower()}); check the path of the LoRA") from None
-        if not head:
+        if not size:
             raise self.error("is empty; download it again")
-        if head[8:] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80"):
+        if pickled:
             try:
                 tensors = read_pickle(path)
             except ValueError as error:
@@ -156,10 +155,12 @@ class _File:
                 raise self.error(f"is damaged or not a safetensors file ({error}); download it again") from None
             self.metadata, self._get = handle.metadata() or {}, handle.get_tensor
         with path.open("rb") as stream:                         # now: whatever claims to be huge was refused
-            self.sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+            digest = hashlib.file_digest(stream, "sha256")
         if any(len(key) > 500 for key in self.shapes):          # a name is searched for patterns: keep that quick
             raise self.error("is no LoRA: it has keys of more than 500 characters")
-        self.config = self._peft_config()
+        self.config, beside = self._peft_config()
+        digest.update(beside)                                   # where settings lie beside the weights they count as well
+        self.sha256 = digest.hexdigest()
         for half in ("unet", "text_encoder"):
             start = str(self.config.get(f"{half}.init_lora_weights", "")).lower()
             if start.startswith(("pissa", "olora", "loftq", "corda", "lora_ga")):
@@ -181,20 +182,23 @@ class _File:
         naming = next((name for name, pattern in NAMINGS.items() if re.search(pattern, text, re.M)), "diffusers")
         return f"{naming} {next((kind for word, kind in KINDS.items() if word in text), 'LoRA')}"
 
-    def _peft_config(self) -> dict:
-        """What PEFT noted about alpha: in the file (recent diffusers), or beside a file of bare PEFT weights."""
-        beside = self.path.parent / "adapter_config.json"
+    def _peft_config(self) -> tuple[dict, bytes]:
+        """What PEFT noted about alpha: in the file (recent diffusers), or beside a file of bare PEFT weights -> by half of
+        the model, {"unet.r": 8, "unet.lora_alpha": 4, ...}, and the bytes of the file beside it that were used."""
+        beside, content = self.path.parent / "adapter_config.json", b""
         try:
-            if note := self.metadata.get("lora_adapter_metadata"):
-                return dict(json.loads(note))           # {"unet.r": 8, "unet.lora_alpha": 4, ...}
-            if any(key.startswith("base_model.model.") for key in self.shapes) and beside.is_file():
-                config = dict(json.loads(beside.read_text()))
-                if (kind := config.get("peft_type", "LORA")) != "LORA":
-                    raise ValueError(f"{kind} is not supported, only LORA")
-                return {f"{half}.{key}": value for half in ("unet", "text_encoder") for key, value in config.items()}
+            config = dict(json.loads(self.metadata.get("lora_adapter_metadata") or "{}"))
+            if not config and any(key.startswith("base_model.model.") for key in self.shapes) and beside.is_file():
+                content = beside.read_bytes()
+                config = dict(json.loads(content))
         except (ValueError, TypeError, OSError, RecursionError) as error:
             raise self.error(f"its PEFT settings cannot be read ({error}); save the LoRA again") from None
-        return {}
+        if (kind := config.get("peft_type", "LORA")) != "LORA":
+            raise self.error(f"is a PEFT adapter of the kind {kind}, and of PEFT's kinds only LORA is supported; save it in "
+                             "LyCORIS' format")
+        # a whole pipeline's settings name the half, those of one module do not
+        both = {f"{half}.{key}": value for half in ("unet", "text_encoder") for key, value in config.items()}
+        return both | config, content
 
     def peft_scale(self, half: str, name: str, rank: int) -> float:
         """alpha / rank of a layer without an alpha key: from the PEFT settings, else 1."""
@@ -204,7 +208,7 @@ class _File:
                 raise self.error(f"its PEFT settings have the pattern {key!r} in alpha_pattern; "
                                  "only names of layers are supported")
         own = [alpha for key, alpha in (patterns.items() if isinstance(patterns, dict) else ())
-               if f".{name}".endswith("." + key.lstrip("^"))]
+               if (name == key[1:] if key.startswith("^") else f".{name}".endswith("." + key))]
         alpha = [*own, self.config.get(f"{half}.lora_alpha", rank)][0]
         if not isinstance(alpha, int | float) or not math.isfinite(alpha):
             raise self.error(f"lora_alpha of {name} is {alpha!r} in the PEFT settings; save the LoRA again")
@@ -213,7 +217,7 @@ class _File:
     def tensor(self, key: str) -> Tensor:
         try:
             value = self._get(key)
-            if value.is_complex() or value.dim() and not value.is_floating_point():
+            if value.is_complex() or value.numel() > 1 and not value.is_floating_point():
                 raise TypeError(f"it holds {value.dtype}")
             value = value.float()
         except Exception as error:                              # also dtypes that this torch does not know
@@ -242,6 +246,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
     ValueError, a sentence that goes behind the file's name: it calls something, claims more than it holds, is damaged.
     """
+    called = ""
     try:
         with path.open("rb") as file:
             archive = zipfile.ZipFile(file) if file.read(2) == b"PK" else None
@@ -254,12 +259,13 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             for stream in streams:
                 for code, what, _ in pickletools.genops(stream):
                     if code.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not CALLS.fullmatch(str(what)):
+                        called = f" ({str(what).replace(' ', '.')})" if what else ""
                         raise pickle.UnpicklingError
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive is not None)
         content = dict(content.get("state_dict", content))
     except pickle.UnpicklingError:
-        raise ValueError("is a pickle that would run code when loaded, or is damaged; convert it to safetensors where you "
-                         "trust it") from None
+        raise ValueError(f"is a pickle that would run code when loaded{called}, or is damaged; convert it to safetensors "
+                         "where you trust it") from None
     except Exception as error:                                  # a damaged file can raise anything at all
         raise ValueError(f"is damaged or no file of tensors ({error}); download it again") from None
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
@@ -411,6 +417,13 @@ def trigger_words(metadata: dict[str, str]) -> list[str]:
     words = [phrase, *(tag for tag, _ in counts.most_common(5))]
     words = words if any(words) else folders[:5] or [metadata.get("ss_output_name", "")]
     return list(dict.fromkeys(filter(None, (printable(word, 60) for word in words))))
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file is one of torch.save, whatever its name says: people rename them."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    return head[8:] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80")
 
 
 def is_stream(path: Path) -> bool:

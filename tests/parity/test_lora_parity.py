@@ -149,7 +149,7 @@ def test_files_that_diffusers_reads(write, ends, ours, theirs, text, tmp_path):
     {"lora_alpha": 6}, {"lora_alpha": 6, "use_rslora": True}, {"lora_alpha": 2, "use_dora": True},
     {"lora_alpha": 6, "rank_pattern": {"to_q": 2, "conv1": 7}, "alpha_pattern": {"attn1.to_k": 1, "conv1": 3}}],
     ids=["alpha", "rslora", "dora", "patterns"])
-@pytest.mark.parametrize("saved_by", ["diffusers", "peft"])
+@pytest.mark.parametrize("saved_by", ["diffusers", "diffusers' UNet", "peft"])
 def test_files_that_diffusers_and_peft_write(saved_by, options, ours, theirs, tmp_path):
     targets = names(theirs, ALL)
     config = peft.LoraConfig(r=4, target_modules=targets, **options)
@@ -158,6 +158,11 @@ def test_files_that_diffusers_and_peft_write(saved_by, options, ours, theirs, tm
         randomize(adapted)
         adapted.save_pretrained(tmp_path)
         path = tmp_path / "adapter_model.safetensors"
+    elif saved_by == "diffusers' UNet":
+        theirs.add_adapter(config, "cat")
+        randomize(theirs)
+        theirs.save_lora_adapter(tmp_path, adapter_name="cat")
+        path = tmp_path / "pytorch_lora_weights.safetensors"
     else:
         theirs.add_adapter(config, "cat")
         randomize(theirs)

@@ -1,5 +1,7 @@
 """The single-file layout against diffusers' own converters, and whole models against its pipeline, on all keys of SD 1.5."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,18 @@ def test_text_encoder_names():
     converted = theirs.convert_ldm_clip_checkpoint(dict(state))
     ours = from_ldm(state)["text_encoder"]
     assert ours.keys() == converted.keys() and all(torch.equal(ours[key], converted[key]) for key in ours)
+
+
+@pytest.mark.parametrize("told", [{"clip_sample": True}, {"steps_offset": 0}, {}])
+def test_what_the_pipeline_sets_whatever_the_folder_says(told, tmp_path):
+    folder = shutil.copytree(GOLDEN, tmp_path / "model")
+    path = folder / "scheduler/scheduler_config.json"
+    config = json.loads(path.read_text())
+    del config["clip_sample"], config["steps_offset"]
+    path.write_text(json.dumps({**config, "_class_name": "DDIMScheduler", **told}))
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).scheduler.config
+    ours = load_model(folder).scheduler_config
+    assert (ours["clip_sample"], ours["steps_offset"]) == (theirs["clip_sample"], theirs["steps_offset"]) == (False, 1)
 
 
 @pytest.mark.parametrize("height, width, changes, kind", [
