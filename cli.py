@@ -161,8 +161,8 @@ def changed(recipe: Recipe, values: dict, where: str) -> Recipe:
     for name, low, high in (("steps", 1, 1000), ("temperature", 1e-6, 1e6), ("guidance", 1, 1e4), ("eta", 0, 1),
                             ("threshold", 0, 1), ("refine_steps", 0, 10_000), ("guidance_rescale", 0, 1),
                             ("switch_every", 1, 1000), ("update_every", 1, 1000), ("refine_stop", 0, 1),
-                            ("update_stop", 0, 1), ("mask_every", 1, 1000),
-                            ("alpha", -1e6, 1e6)):
+                            ("update_stop", 0, 1), ("mask_every", 1, 1000), ("update_until", -1, 1000),
+                            ("mask_from", 0, 1000), ("alpha", -1e6, 1e6)):
         if not low <= getattr(recipe, name) <= high:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(recipe, name)}; it must be between {low} and {high}")
     if recipe.uncond_from == "base" and recipe.maps_from == "both":
@@ -342,8 +342,6 @@ def run(args: argparse.Namespace) -> None:
         for method in ("merge", "base") if page else ("merge",) if panel else ():
             other = clora.make_plan(model, args.prompt, subjects, style, args.negative, method, plain)
             finished[method] = draw(model, other, plain, noise, chunk, f"{method}, {label}", args)[-1].latents
-        if len(finished) > 1:
-            clora.make_plan(model, args.prompt, subjects, style, args.negative, args.method, recipe)
         for b, seed in enumerate(chunk):
             settings = settings_of(args, recipe, model, subjects, style, seed, size)
             pictures = {method: clora.decode(model, latents[b:b + 1], args.low_memory)[0].numpy()

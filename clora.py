@@ -191,7 +191,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Plan:
-    """A prompt and its LoRAs, encoded. Rows of all tensors: V unconditional, then V conditional."""
+    """A prompt and its LoRAs, encoded. Rows of all tensors: V unconditional, then V conditional. Good for many images."""
 
     prompts: tuple[str, ...]                            # [V]
     context: Tensor                                     # [2V, T, D]
@@ -200,6 +200,7 @@ class Plan:
     words: tuple[tuple[int, ...], ...] = ()             # per subject: the tokens of its trigger in its own prompt
     in_turn: bool = False                               # method switch: the variants take turns
     keys: TextKeys | None = None                        # 2V rows: the context, as the UNet's layers read it
+    loras: tuple[LoRA, ...] | None = None               # [A] the columns of adapters; None: what the UNet has attached
 
     def rows(self, rows: Sequence[int], pictures: int) -> tuple[TextKeys | Tensor, Tensor]:
         """What the UNet is told in these rows, for each picture again: text and adapters [pictures * rows, A]."""
@@ -214,10 +215,10 @@ def make_plan(model: Model, prompt: str, subjects: Sequence[Subject] = (), style
 
     ValueError: a subject that is not in the prompt, occurs twice, was cut off or is shared by two LoRAs.
     """
-    if recipe.uncond_from == "base" and method not in ("clora", "base"):
-        raise ValueError(f"--uncond-from base is for --method clora: {method} has no variant without LoRAs")
     if method not in METHODS:
         raise ValueError(f"there is no method called {method}; choose from {', '.join(METHODS)}")
+    if recipe.uncond_from == "base" and method not in ("clora", "base"):
+        raise ValueError(f"--uncond-from base is for --method clora: {method} has no variant without LoRAs")
     words = [subject.word.lower() for subject in subjects]
     for word in words:
         model.text.find(prompt, word)
@@ -241,9 +242,9 @@ def make_plan(model: Model, prompt: str, subjects: Sequence[Subject] = (), style
         strengths = [[1 / len(subjects) if s.weight is None else s.weight for s in subjects]]
     else:
         prompts, strengths = [everyone] * len(subjects), one_hot
-    loras = [subject.lora for subject in subjects]
+    loras = tuple(subject.lora for subject in subjects)
     if style is not None:
-        loras.append(style[0])
+        loras = *loras, style[0]
         strengths = [[*row, style[1]] for row in strengths]
 
     lora_module.attach(model.unet, loras)
@@ -252,13 +253,13 @@ def make_plan(model: Model, prompt: str, subjects: Sequence[Subject] = (), style
     adapters = torch.tensor(strengths * 2, device=context.device, dtype=context.dtype).reshape(2 * len(prompts), -1)
     keys = model.unet.text_keys(context, adapters)
     if method != "clora":
-        return Plan(tuple(prompts), context, adapters, in_turn=method == "switch", keys=keys)
+        return Plan(tuple(prompts), context, adapters, in_turn=method == "switch", keys=keys, loras=loras)
 
     def tokens(v: int, k: int) -> tuple[int, ...]:
         return model.text.find(prompts[v], subjects[k].trigger if v == k + 1 else subjects[k].word)
     concepts = tuple(tuple((v, token) for v in range(len(prompts)) for token in tokens(v, k)) for k in range(len(subjects)))
     words_of = tuple(tokens(k + 1, k) for k in range(len(subjects)))
-    return Plan(tuple(prompts), context, adapters, concepts, words_of, keys=keys)
+    return Plan(tuple(prompts), context, adapters, concepts, words_of, keys=keys, loras=loras)
 
 
 def encode(model: Model, texts: Sequence[str], loras: Sequence[tuple[LoRA, float]], recipe: Recipe) -> Tensor:
@@ -300,8 +301,8 @@ class Step:
     noise: Tensor                       # [B, 4, h, w] blended and guided prediction
     maps: Tensor | None = None          # [B, V, m, n, T]
     masks: Tensor | None = None         # [B, V, h, w]
-    losses: list[Tensor] = field(default_factory=list)      # [B] per update
-    updates: list[Tensor] = field(default_factory=list)     # latents [B, 4, h, w] after each update
+    losses: list[Tensor] = field(default_factory=list)      # [B] per update; none with one concept: its loss is always 0
+    updates: list[Tensor] = field(default_factory=list)     # latents [B, 4, h, w] after each; a picture that stopped repeats
 
     def picture(self, b: int) -> Step:
         """The state of picture b alone, as a batch of one."""
@@ -361,6 +362,8 @@ def predict(unet: UNet, latents: Tensor, timestep: int, plan: Plan, rows: Sequen
 
     options: what else UNet.forward takes; with stop_after_maps there is no noise and the first part is empty.
     """
+    if plan.loras is not None and plan.loras != unet.attached:      # another plan was made since
+        lora_module.attach(unet, plan.loras)
     # a tensor, for torch.compile would compile every number anew
     noise, probs = unet(latents.repeat_interleave(len(rows), dim=0), torch.tensor(timestep),
                         *plan.rows(rows, len(latents)), layers, **options)
@@ -390,7 +393,7 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
     what its pictures give alone, and `low_memory`, one variant after the other, gives the same result, both to rounding.
     To change the method: `loss` and `make_masks` take what info_nce_loss and variant_masks take and return such tensors, a
     sampler is a Scheduler under a name of its own in SCHEDULERS, and a step's latents may be changed in place: the next
-    step starts from them (examples/).
+    step starts from them (examples/). PNDM's second step alone starts again where its first did, as in diffusers.
     ValueError: steps that the scheduler cannot do, latents that became NaN (the step is named).
     """
     scheduler = make_scheduler(model.scheduler_config, recipe.steps, recipe.scheduler, eta=recipe.eta)
@@ -399,6 +402,7 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
     history: tuple = ()
     finite: list[Tensor] = []
     z = latents * scheduler.init_noise_sigma
+    parting = len(plan.concepts) > 1 or loss is not info_nce_loss                   # of one concept the loss is always 0
     active = torch.ones(len(z), 1, 1, 1, device=z.device, dtype=torch.bool)         # pictures that are still updated
     maps: Tensor | None = None
     masks = torch.ones(len(z), 1 if plan.in_turn else variants, *z.shape[2:], device=z.device)     # [B, V, h, w]
@@ -409,15 +413,15 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
         before = z
         repeats = recipe.refine_steps if i in recipe.refine_at else 0
         due = i <= recipe.update_until and (repeats or i % recipe.update_every == 0)
-        if plan.concepts and due and (not recipe.update_stop or active.any()):
+        if plan.concepts and parting and due and (not recipe.update_stop or active.any()):
             moving = active
             for n in range(1 + repeats):
-                before = z
                 value, gradient = contrast(unet, z, t, plan, layers, recipe, low_memory, loss)
                 if recipe.refine_stop and n:
                     moving = moving & (losses[-1] - value > recipe.refine_stop * losses[-1]).view(-1, 1, 1, 1)
                     if not moving.any():
                         break
+                before = torch.where(moving, z, before)
                 z = torch.where(moving, update_latents(z, gradient, recipe.alpha), z)
                 losses.append(value)
                 updates.append(z)
@@ -439,6 +443,7 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
             last = maps
             probs = [torch.cat(layer, dim=1) for layer in zip(*(probs for _, probs in parts))]
             maps = read_maps(probs, z.shape[2:], variants, recipe.maps_from)        # [B, V, m, n, T]
+            del parts, probs                            # of every head, while the next step needs the memory
             if recipe.update_stop and last is not None:
                 active = active & (change_of(last, maps, plan) >= recipe.update_stop).view(-1, 1, 1, 1)
             if i >= recipe.mask_from:

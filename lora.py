@@ -118,6 +118,7 @@ def attach(unet: nn.Module, loras: Sequence[LoRA]) -> None:
     for name, module in layers.items():
         weight = module.weight.detach()                                             # type: ignore[attr-defined]
         module.attach({a: lora.unet[name].factors(weight) for a, lora in enumerate(loras) if name in lora.unet}, len(loras))
+    unet.attached = tuple(loras)                                                    # type: ignore[assignment]
 
 
 def merged_weights(module: nn.Module, loras: Sequence[tuple[LoRA, float]], which: str = "text_encoder") -> dict[str, Tensor]:

@@ -44,13 +44,16 @@ class Scheduler:
     def __init__(self, config: dict, steps: int, eta: float = 0.0):
         prediction = config.get("prediction_type", "epsilon")
         if prediction != "epsilon":
-            raise ValueError(f"the scheduler's prediction_type is {prediction!r}; it looks like SD 2.x (v-prediction), "
-                             "and this is an SD 1.x implementation")
-        for key in ("trained_betas", "thresholding", "rescale_betas_zero_snr", *self.options):
+            looks = "it looks like SD 2.x (v-prediction), and this" if prediction == "v_prediction" else "this"
+            raise ValueError(f"the scheduler's prediction_type is {prediction!r}; {looks} is an SD 1.x implementation")
+        own = [name for name, key in CLASSES.items() if SCHEDULERS[key] is type(self)]
+        options = self.options if config.get("_class_name") in (None, *own) else ()     # another sampler's mean nothing here
+        for key in ("trained_betas", "thresholding", "rescale_betas_zero_snr", *options):
             if key in config and config[key] not in FIXED[key]:
                 raise ValueError(f"scheduler_config.json: {key} = {config[key]!r} is not supported")
         for key, high, kind in (("num_train_timesteps", 10_000, int), ("steps_offset", 10_000, int),
-                                ("beta_start", 1, float), ("beta_end", 1, float), ("clip_sample_range", 1e6, float)):
+                                ("beta_start", 1, float), ("beta_end", 1, float), ("clip_sample_range", 1e6, float),
+                                ("original_inference_steps", 10_000, int), ("timestep_scaling", 1e6, float)):
             value = config.get(key, 0)
             if not (type(value) in (int, kind) and 0 <= value <= high):
                 raise ValueError(f"scheduler_config.json: {key} cannot be {str(value)[:100]}")
@@ -64,6 +67,8 @@ class Scheduler:
         # what stands for "before the first timestep" (DDIM, section C.1)
         self.final_alpha = 1.0 if config.get("set_alpha_to_one", self.set_alpha_to_one) else self.alphas[0]
         self.timesteps = self.make_timesteps()
+        if len({*self.timesteps}) < steps:
+            raise ValueError(f"{steps} steps are more than this sampler has timesteps for; use fewer")
         if max(self.timesteps) >= self.train_steps:
             raise ValueError(f"{steps} steps with steps_offset {config['steps_offset']} would begin at timestep "
                              f"{max(self.timesteps)}, beyond the last one, {self.train_steps - 1}: use fewer steps")
@@ -124,7 +129,7 @@ def fresh_noise(like: Tensor, generator: Generators) -> Tensor:
     """[B, C, h, w] drawn where the generator lives, as diffusers does, so that a seed means one picture on every device."""
     parts = zip(like.split(1), generator) if isinstance(generator, Sequence) else [(like, generator)]
     return torch.cat([torch.randn(rows.shape, generator=one, device=like.device if one is None else one.device,
-                                  dtype=like.dtype).to(like.device) for rows, one in parts])
+                                  dtype=like.dtype).to(like.device, non_blocking=True) for rows, one in parts])
 
 
 class DDIM(Scheduler):
@@ -230,6 +235,8 @@ class LCM(Scheduler):
     def make_timesteps(self) -> tuple[int, ...]:
         # a subset of the timesteps it was distilled at, every train_steps / 50 of them, evenly spread
         total = self.config.get("original_inference_steps", 50)
+        if not 1 <= total <= self.train_steps:
+            raise ValueError(f"scheduler_config.json: original_inference_steps cannot be {total}")
         if self.steps > total:
             raise ValueError(f"LCM takes at most {total} steps, not {self.steps}; 4 to 8 are usual")
         return tuple((total - n * total // self.steps) * (self.train_steps // total) - 1 for n in range(self.steps))

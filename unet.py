@@ -162,6 +162,8 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
+    attached: tuple = ()                # the LoRAs that the columns of `adapters` stand for (lora.attach)
+
     def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()
         self.config = config
@@ -220,7 +222,9 @@ class UNet(nn.Module):
         maps: dict[str, Tensor] = {}
 
         def call(module: nn.Module, *inputs):
-            return checkpoint(module, *inputs, use_reentrant=False) if checkpointing else module(*inputs)
+            if not checkpointing:
+                return module(*inputs)
+            return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)       # nothing is random
 
         def attend(name: str, attention: Transformer2DModel, x: Tensor) -> Tensor:
             wanted = name in maps_at

@@ -365,6 +365,72 @@ def test_latents_changed_in_place_are_where_the_next_step_starts(scheduler):
         step.latents.fill_(0.5)
 
 
+def test_a_plan_keeps_its_loras(tmp_path):
+    """Another plan made since, or run in turn with this one, has attached others."""
+    model, plan = tiny_model()
+    names = [name for name, module in model.unet.named_modules() if isinstance(module, lora.LoRALinear)]
+    generator = torch.Generator().manual_seed(3)
+
+    def one(name: str) -> LoRA:
+        layers = {key: lora.LoRALayer(torch.randn(2, weight.shape[1], generator=generator, dtype=torch.float64),
+                                      torch.randn(weight.shape[0], 2, generator=generator, dtype=torch.float64))
+                  for key in names for weight in [model.unet.get_submodule(key).weight]}
+        return LoRA(Path(name), name, "", "", (2,), layers, {}, {})
+    cat, dog = one("cat"), one("dog")
+    adapters = torch.tensor([[0.0, 0], [1, 0], [0, 1]] * 2, dtype=torch.float64)
+    here = dataclasses.replace(plan, adapters=adapters, loras=(cat, dog))
+    there = dataclasses.replace(here, loras=(dog, cat))
+    recipe, noise = Recipe(steps=2, refine_at=()), torch.randn(1, 4, 6, 8, dtype=torch.float64)
+
+    def run(plan: clora.Plan) -> list[Tensor]:
+        return [step.latents for step in clora.compose(model, plan, recipe, noise)]
+    alone = run(here), run(there)
+    lora.attach(model.unet, [])
+    again = run(here)
+    turns = [(a.latents, b.latents) for a, b in zip(*(clora.compose(model, one, recipe, noise) for one in (here, there)))]
+    assert not torch.equal(alone[0][1], alone[1][1])
+    assert all(torch.equal(x, y) for x, y in zip(alone[0], again, strict=True))
+    assert all(torch.equal(a, x) and torch.equal(b, y) for (a, b), x, y in zip(turns, *alone, strict=True))
+
+
+def test_noise_from_before_is_from_before_the_last_update_that_was_made():
+    """In a batch whose pictures stop at different repeats: each one's noise is that at its own latent."""
+    model, plan = tiny_model()
+    noise = torch.randn(3, 4, 6, 8, dtype=torch.float64)
+    # a stop that lies between the gains of the pictures' first repeats: some go on, some do not
+    recipe = Recipe(steps=1, refine_at=(0,), refine_steps=4, alpha=2000, noise_from="before")
+    (free,) = clora.compose(model, plan, recipe, noise)
+    gains = sorted(1 - (free.losses[1] / free.losses[0]))
+    recipe = dataclasses.replace(recipe, refine_stop=float(gains[0] + gains[1]) / 2)
+    (step,) = clora.compose(model, plan, recipe, noise)
+    states = [noise, *step.updates]
+    stops = set()
+    for b in range(3):
+        own = [states[0][b]] + [z[b] for a, z in itertools.pairwise(states) if not torch.equal(a[b], z[b])]
+        stops.add(len(own))
+        at = dataclasses.replace(recipe, update_until=-1, mask_from=99)
+        want, = clora.compose(model, plan, dataclasses.replace(at, noise_from="after"), own[-2][None])
+        kept, = clora.compose(model, plan, dataclasses.replace(recipe, mask_from=99), noise[b:b + 1])
+        assert torch.allclose(kept.noise, want.noise, rtol=1e-9, atol=1e-12)
+        both, = clora.compose(model, plan, dataclasses.replace(recipe, mask_from=99), noise)
+        assert torch.allclose(both.noise[b:b + 1], want.noise, rtol=1e-9, atol=1e-12)
+    assert len(stops) > 1
+
+
+def test_one_concept_has_nothing_to_part_from():
+    """Its loss is 0 whatever the latents, so there are no updates; a loss of one's own has them."""
+    model, _ = tiny_model()
+    plan = dataclasses.replace(tiny_plan(2), words=((2, 3),))
+    noise = torch.randn(1, 4, 6, 8, dtype=torch.float64)
+    value, gradient = clora.contrast(model.unet, noise, 500, plan, model.unet.map_layers(1), Recipe())
+    assert value.item() == 0 and not gradient.any()
+    (step,) = clora.compose(model, plan, Recipe(steps=1), noise)
+    assert step.losses == step.updates == [] and step.masks is not None
+    recipe = Recipe(steps=1, refine_at=())
+    (own,) = clora.compose(model, plan, recipe, noise, loss=lambda groups, _: groups[0].square().sum())
+    assert len(own.losses) == 1 and not torch.equal(own.updates[0], noise)
+
+
 def test_repeats_end_when_the_loss_stops_falling():
     """What is done before the stop is what is done without it; and the stop comes at the first small gain."""
     model, plan = tiny_model()
@@ -439,7 +505,7 @@ class NoNumbers(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("low_memory,changes", [
-    (False, {}),
+    (False, {"eta": 0.5}), (False, {"scheduler": "lcm"}),
     (False, {"scheduler": "dpm++", "uncond_from": "base", "guidance_rescale": 0.7, "mask_every": 2, "open": True}),
     (True, {"scheduler": "pndm", "rescale_maps": True, "maps_from": "both", "noise_from": "before", "mask_ties": False})])
 def test_steps_run_on_another_device_and_never_wait_for_it(low_memory, changes):
@@ -453,7 +519,7 @@ def test_steps_run_on_another_device_and_never_wait_for_it(low_memory, changes):
     plan = dataclasses.replace(plan, keys=model.unet.text_keys(plan.context, plan.adapters))
     recipe = Recipe(steps=3, refine_at=(1,), refine_steps=1, **changes)
     noise = torch.empty(2, 4, 6, 8, dtype=torch.half, device="meta")
-    steps = clora.compose(model, plan, recipe, noise, low_memory=low_memory)
+    steps = clora.compose(model, plan, recipe, noise, [torch.Generator(), torch.Generator()], low_memory)
     for _ in make_scheduler(SD15_SCHEDULER, recipe.steps, recipe.scheduler).timesteps:
         with NoWaiting(), NoNumbers():
             step = next(steps)

@@ -124,8 +124,14 @@ def test_changed_files_are_noticed(user, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and all(line.startswith("clora: warning: ") for line in lines)
     for name, line in zip(("model", "cat_peft.safetensors", "style_peft.safetensors"), lines):
-        then = rerun.hashes_of(args.chunks)[{"m": "model", "c": "cat", "s": "style"}[name[0]]]
+        then = rerun.hashes_of(args.chunks)[{"m": "model", "c": "subject cat", "s": "style"}[name[0]]]
         assert name in line and then[:8] in line and "out/clora-3.png" in line
+
+
+@pytest.mark.parametrize("word", ["model", "style"])
+def test_a_subject_called_like_a_kind_of_file(word):
+    chunks = {"model": '{"hash": "a"}', "loras": json.dumps([{"subject": word, "sha256": "b"}]), "style": '{"sha256": "c"}'}
+    assert rerun.hashes_of(chunks) == {"model": "a", f"subject {word}": "b", "style": "c"}
 
 
 @pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "unet/config.json",

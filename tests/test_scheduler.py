@@ -78,8 +78,6 @@ def test_the_true_noise_leads_back_to_the_picture(name):
             noise = (z - math.sqrt(scheduler.alpha(t)) * clean) / math.sqrt(1 - scheduler.alpha(t))
         assert (scheduler.predict_x0(noise, i, z) - clean).abs().max() < 1e-5
         z, history = scheduler.step(noise, i, z, history)
-        if name == "pndm" and i == 0:       # its second move starts over from the same place
-            continue
     last = 0 if name in ("dpm++", "lcm") else 1 - scheduler.final_alpha
     assert (z - math.sqrt(1 - last) * clean - math.sqrt(last) * noise).abs().max() < 1e-5
 
@@ -111,16 +109,33 @@ def test_precision_is_kept(name, dtype):
     ({"prediction_type": "v_prediction"}, None, "SD 2"),
     ({"thresholding": True}, "ddim", "thresholding"), ({"rescale_betas_zero_snr": True}, "ddim", "rescale_betas_zero_snr"),
     ({"skip_prk_steps": False}, None, "skip_prk_steps"), ({"beta_schedule": "wild"}, None, "wild"),
-    ({"timestep_spacing": "wild"}, "ddim", "wild"), ({"use_karras_sigmas": True}, "dpm++", "use_karras_sigmas"),
-    ({"solver_order": 3}, "dpm++", "solver_order"), ({}, "euler", "euler"),
-    ({"original_inference_steps": 9}, "lcm", "at most 9 steps"), ({"_class_name": None}, None, "no class")])
+    ({"timestep_spacing": "wild"}, "ddim", "wild"),
+    ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, "dpm++", "use_karras_sigmas"),
+    ({"_class_name": None, "solver_order": 3}, "dpm++", "solver_order"), ({}, "euler", "euler"),
+    ({"original_inference_steps": 9}, "lcm", "at most 9 steps"), ({"prediction_type": "sample"}, None, "'sample'; this is"),
+    *[({key: value}, "lcm", f"{key} cannot be") for key in ("original_inference_steps", "timestep_scaling")
+      for value in ("50", None, -1, float("nan"), 1e9)], ({"original_inference_steps": 2000}, "lcm", "cannot be 2000"),
+    ({"_class_name": None}, None, "no class")])
 def test_configs_that_are_refused(change, name, word):
     with pytest.raises(ValueError, match=word) as caught:
         make_scheduler({**SD15, **change}, 10, name)
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("config", [
+    {"_class_name": "UniPCMultistepScheduler", "solver_type": "bh2", "solver_order": 3, "use_karras_sigmas": True},
+    {"_class_name": "DEISMultistepScheduler", "algorithm_type": "deis", "solver_type": "logrho"}])
+def test_options_of_another_sampler_mean_nothing(config):
+    z, noise = pair()
+    plain, own = (make_scheduler({**SD15, **more}, 10, "dpm++") for more in ({}, config))
+    assert plain.timesteps == own.timesteps and torch.equal(plain.step(noise, 0, z)[0], own.step(noise, 0, z)[0])
+
+
 @pytest.mark.parametrize("steps", [0, -1, 1001, 1000])
 def test_numbers_of_steps_that_cannot_be(steps):
+    if steps == 1000:                       # 1001 points on 1000 timesteps
+        with pytest.raises(ValueError, match="use fewer"):
+            make_scheduler(SD15, steps, "dpm++")
+        assert len(make_scheduler(SD15, 999, "dpm++").timesteps) == 999
     with pytest.raises(ValueError):         # 1000 steps with offset 1 would begin beyond the last timestep
         make_scheduler(SD15, steps, "ddim")
