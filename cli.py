@@ -161,8 +161,8 @@ def changed(recipe: Recipe, values: dict, where: str) -> Recipe:
     for name, low, high in (("steps", 1, 1000), ("temperature", 1e-6, 1e6), ("guidance", 1, 1e4), ("eta", 0, 1),
                             ("threshold", 0, 1), ("refine_steps", 0, 10_000), ("guidance_rescale", 0, 1),
                             ("switch_every", 1, 1000), ("update_every", 1, 1000), ("refine_stop", 0, 1),
-                            ("update_stop", 0, 1), ("mask_every", 1, 1000), ("update_until", -1, 1000),
-                            ("mask_from", 0, 1000), ("alpha", -1e6, 1e6)):
+                            ("update_stop", 0, 1), ("mask_every", 1, 1000), ("update_until", -1, 10**6),
+                            ("mask_from", 0, 10**6), ("alpha", -1e6, 1e6)):
         if not low <= getattr(recipe, name) <= high:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(recipe, name)}; it must be between {low} and {high}")
     if recipe.uncond_from == "base" and recipe.maps_from == "both":
@@ -209,6 +209,16 @@ def from_repository(name: str) -> str:
     path = Path(os.path.abspath(name))
     inside = os.path.lexists(split_weight(str(path))[0]) and path.is_relative_to(REPOSITORY)
     return str(path.relative_to(REPOSITORY)) if inside else name
+
+
+def without_effect(args: argparse.Namespace, recipe: Recipe) -> list[str]:
+    """A line for every flag that is given and changes nothing beside the others."""
+    late = [step for step in args.refine_at or () if step > recipe.update_until]
+    return [line for line, given in (
+        (f"--eta is for --scheduler ddim; {recipe.scheduler} does not read it", args.eta and recipe.scheduler != "ddim"),
+        ("--method base draws without LoRAs, so without --style too", args.method == "base" and args.style),
+        (f"--refine-at {','.join(map(str, late))} comes after the last update, --update-until {recipe.update_until}", late),
+    ) if given]
 
 
 def settings_of(args: argparse.Namespace, recipe: Recipe, model: Model, subjects: list[Subject],
@@ -329,6 +339,11 @@ def run(args: argparse.Namespace) -> None:
     for texts in ((args.prompt, *plan.prompts), (args.negative,)):
         if cut := next(filter(None, map(model.text.truncated, texts)), ""):
             print(f'clora: warning: CLIP reads 77 tokens; this was cut off: "{printable(cut, 700)}"', file=sys.stderr)
+
+    said = [f'the prompt says "{s.trigger}" already, and the trigger is put in the place of "{s.word}"; write that alone'
+            for s in subjects if s.trigger.lower() != s.word.lower() and model.text.positions(args.prompt, s.trigger)]
+    for line in (*said, *without_effect(args, recipe)):
+        print(f"clora: warning: {printable(line, 700)}", file=sys.stderr)
 
     panel = (demo if args.panel is None else args.panel) and bool(plan.concepts)
     page = (demo if args.report is None else args.report) and bool(plan.concepts)

@@ -78,7 +78,10 @@ RECIPES = {
 
 
 def recipe_for(model: Model, name: str = "paper", **changes) -> Recipe:
-    """The named recipe with the values that the model comes with (clora.json of its folder), and `changes` on top."""
+    """The named recipe with the values that the model comes with (clora.json of its folder), and `changes` on top.
+
+    They are taken as they are: with `steps` alone update_until and refine_at stay, which the command line moves along.
+    """
     return replace(RECIPES[name], **{**model.settings.get("recipe", {}), **changes})
 
 

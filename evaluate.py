@@ -34,7 +34,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import clora
 import report
-from cli import DTYPES, TOY, Parser, changed, check_device, is_embedded, settings_of, whole_numbers
+from cli import DTYPES, TOY, Parser, changed, check_device, from_repository, is_embedded, settings_of, whole_numbers
 from clora import RECIPES, Recipe, Subject
 from weights import find_lora, load_model, split_weight
 from weights.lora import printable
@@ -296,7 +296,7 @@ class Maker:
         self.judge: Judge | None = load_judge() if embedded else None
         clip = args.clip or (str(TOY / "clip") if embedded else "openai/clip-vit-base-patch32")
         dino = args.dino or (clip if embedded else "facebook/dino-vits16")
-        self.scores = None if args.no_scores else [dino, clip]
+        self.scores = None if args.no_scores else [from_repository(dino), from_repository(clip)]
         self.scorer = None if args.no_scores else Scorer(dino, clip, args.device)
         self.loras: dict = {}
         self.args = args
@@ -329,9 +329,11 @@ class Maker:
         return settings_of(args, recipe, self.model, self.subjects(one), self.style(one), seed, (self.size, self.size))
 
     def hashes(self, sets: Sequence[dict]) -> list[str]:
-        """Of every LoRA file that the sets name."""
-        names = {split_weight(file)[0] for one in sets for file in files_of(one)}
-        return [hashlib.sha256(find_lora(name).read_bytes()).hexdigest() for name in sorted(names)]
+        """Of every LoRA file that the sets name, and of PEFT's settings beside it."""
+        files = [find_lora(name) for name in sorted({split_weight(file)[0] for one in sets for file in files_of(one)})]
+        beside = [file.with_name("adapter_config.json") for file in files]
+        return [hashlib.sha256(file.read_bytes() + (settings.read_bytes() if settings.is_file() else b"")).hexdigest()
+                for file, settings in zip(files, beside)]
 
     def attempt(self, one: dict, method: str, recipe: Recipe, seeds: Sequence[int]) -> list[tuple[np.ndarray | None, dict]]:
         """`make`; if that fails every seed alone, so that one does not take the others with it; then the reason."""
@@ -438,13 +440,16 @@ def append_line(path: Path, line: dict) -> None:
 
 def bootstrap(values: np.ndarray, groups: np.ndarray, rounds: int = 2000) -> tuple[float, float, float]:
     """Mean and 95 % interval of `values`, drawing groups (prompts with the same LoRAs) and then images within them with
-    replacement."""
+    replacement. The LoRAs themselves count as given: for LoRAs drawn anew the interval would have to be wider."""
     rng = np.random.default_rng(0)
-    members = [values[groups == g] for g in np.unique(groups)]
+    order = np.argsort(groups, kind="stable")
+    values = values[order]
+    _, starts, sizes = np.unique(groups[order], return_index=True, return_counts=True)
     means = []
     for _ in range(rounds):
-        drawn = [members[i] for i in rng.integers(0, len(members), len(members))]
-        means.append(np.concatenate([rng.choice(m, len(m)) for m in drawn]).mean())
+        drawn = rng.integers(0, len(sizes), len(sizes))
+        first, size = (np.repeat(of[drawn], sizes[drawn]) for of in (starts, sizes))        # of every image's group
+        means.append(values[first + rng.integers(0, size)].mean())
     low, high = np.percentile(means, [2.5, 97.5])
     return float(values.mean()), float(low), float(high)
 
@@ -568,8 +573,8 @@ def evaluate(args: argparse.Namespace) -> int:
     if unknown := [name for name in columns if name not in METHODS]:
         raise ValueError(f"there is no method called {unknown[0]}; choose from {', '.join(METHODS)}")
     args.batch = args.batch if args.batch is not None else 3 if is_embedded(args.model) else 1
-    if args.curve and Path(args.curve).suffix.lower() != ".png":
-        raise ValueError(f"--curve {args.curve} must end in .png")
+    if args.curve and (Path(args.curve).suffix.lower() != ".png" or not Path(args.curve).parent.is_dir()):
+        raise ValueError(f"--curve {args.curve} must end in .png and name a folder that is there")
     if args.batch < 1:
         raise ValueError(f"--batch is {args.batch}; it must be at least 1")
     if not columns or not args.seeds:
@@ -615,17 +620,23 @@ def sweep(args: argparse.Namespace, columns: list[str], changes: dict, sets: lis
     maker = Maker(args)
     recipes = {column: recipe_of(column, maker.model.settings, changes) for column in columns}
     # what every line of a results file must have been made with
-    common = {"model": maker.model.hash(), "sets": digest(sets), "loras": digest(maker.hashes(sets)), "changes": changes,
-              "dtype": args.dtype, "batch": args.batch, "scores": maker.scores}
+    named = [{**one, "loras": [[from_repository(file), words] for file, words in one["loras"]]} for one in sets]
+    common = {"model": maker.model.hash(), "sets": digest(named), "loras": digest(maker.hashes(sets)), "changes": changes,
+              "dtype": str(DTYPES[args.dtype]).removeprefix("torch."), "batch": args.batch, "scores": maker.scores}
     stamps = {column: {**common, "recipe": digest(dataclasses.asdict(recipe))} for column, recipe in recipes.items()}
     files = [sorted(file for file, _ in one["loras"]) for one in sets]
     groups = [files.index(some) for some in files]
-    lines = read_results(folder)
-    for line in lines:
-        stamp = stamps.get(line["column"], common)
-        if different := [key for key in stamp if line["stamp"].get(key) != stamp[key]]:
-            raise ValueError(f"{folder} holds results made with another {different[0]} ({line['stamp'].get(different[0])}, "
-                             f"now {stamp[different[0]]}); give another --out")
+
+    def results() -> list[dict]:
+        """What is in the folder. ValueError: made with other settings, perhaps by another process just now."""
+        lines = read_results(folder)
+        for line in lines:
+            stamp = stamps.get(line["column"], common)
+            if different := [key for key in stamp if line["stamp"].get(key) != stamp[key]]:
+                raise ValueError(f"{folder} holds results made with another {different[0]} "
+                                 f"({line['stamp'].get(different[0])}, now {stamp[different[0]]}); give another --out")
+        return lines
+    lines = results()
     done = {image_of(line) for line in lines if "error" not in line}
     # A batch is always made as a whole, though only what is missing of it is kept: rounding depends on a batch's size,
     # and a sweep that was interrupted or split must end with the same figures.
@@ -663,7 +674,7 @@ def sweep(args: argparse.Namespace, columns: list[str], changes: dict, sets: lis
         # the others may have begun a few seconds later
         while missing() and (others_write(folder, rank) or (world > 1 and time.time() < start + 10)):
             time.sleep(0.5)
-        lines = [line for line in read_results(folder) if image_of(line) in wanted]
+        lines = [line for line in results() if image_of(line) in wanted]
         text = table(lines, columns)
         print(text)
         with report.in_place(folder / "table.md") as path:
@@ -698,7 +709,9 @@ def make_parser() -> Parser:
     parser.add_argument("--methods", default=",".join(DEFAULT), metavar="A,B",
                         help=f"from {', '.join(METHODS)} (default: the first {len(DEFAULT)})")
     parser.add_argument("--curve", metavar="FILE.png", help="draw success against time")
-    parser.add_argument("--set", metavar="JSON", help='settings changed for all methods, as {"alpha": 2}')
+    parser.add_argument("--set", metavar="JSON",
+                        help='settings changed for all methods, as {"alpha": 2}, but for what makes a method what it is '
+                        '(the steps of dpm-20); step numbers do not move with "steps"')
     parser.add_argument("--dino", metavar="MODEL", help="picture encoder, folder or hub id (default: of the world)")
     parser.add_argument("--clip", metavar="MODEL", help="CLIP, folder or hub id (default: of the world)")
     parser.add_argument("--no-scores", action="store_true", help="no DINO and CLIP scores")

@@ -77,7 +77,7 @@ def test_a_sweep_is_resumed_and_split_without_a_difference(tmp_path):
     (["--methods", "magic"], "magic"), (["--seeds", ""], "--seeds"), (["--seeds", "9-1"], "9-1"),
     (["--sets", "nowhere.json"], "nowhere.json"), (["--sets", "bad.json"], "cat.safetensors"),
     (["--set", '{"nonsense": 1}'], "nonsense"), (["--model", "nowhere"], "nowhere"),
-    (["--batch", "0"], "--batch"), (["--curve", "curve"], ".png"),
+    (["--batch", "0"], "--batch"), (["--curve", "curve"], ".png"), (["--curve", "no/curve.png"], "no/curve.png"),
     (["--prompts", "0"], "--prompts"), (["--device", "quantum"], "quantum"),
     (["--set", "{"], "--set"), (["--model", str(ROOT / "tests/golden/model")], "--sets")])
 def test_bad_input(arguments, word, here, tmp_path):
@@ -163,6 +163,42 @@ def test_results_of_other_settings_are_not_mixed(here, tmp_path):
     assert (tmp_path / "r/results-0.jsonl").read_bytes() == before
 
 
+def test_results_that_another_process_makes_meanwhile_with_other_settings(here, tmp_path, monkeypatch):
+    """Two processes of one sweep, started together: each looks at what is there before the other has written anything."""
+    arguments = ["--prompts", "1", "--seeds", "0-1", "--batch", "1", "--methods", "base", "--quiet", "--no-scores"]
+    write = evaluate.append_line
+
+    def and_the_other(path: Path, line: dict) -> None:
+        write(path, line)
+        other = {**line, "seed": 1 - line["seed"], "stamp": {**line["stamp"], "changes": {"steps": 3}}}
+        write(tmp_path / "r/results-1.jsonl", other)
+    monkeypatch.setattr(evaluate, "append_line", and_the_other)
+    done = here(*arguments, "--out", "r", "--set", '{"steps": 2}', RANK="0", WORLD_SIZE="2")
+    assert done.returncode == 2 and "another changes" in done.stderr and not (tmp_path / "r/table.md").exists()
+
+
+def test_the_same_sweep_by_other_words(here, tmp_path, monkeypatch):
+    """From another folder, and with the other name of the precision: nothing is another, so it goes on."""
+    arguments = ["--prompts", "1", "--seeds", "0", "--methods", "base", "--quiet", "--set", '{"steps": 2}', "--out"]
+    assert here(*arguments, "r").returncode == 0
+    before = (tmp_path / "r/results-0.jsonl").read_bytes()
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    monkeypatch.setattr(evaluate, "TOY", Path(os.path.relpath(ROOT / "weights/toy")))
+    assert here(*arguments, "../r", "--dtype", "fp32").returncode == 0
+    assert (tmp_path / "r/results-0.jsonl").read_bytes() == before
+
+
+def test_peft_settings_beside_a_lora_count(here, tmp_path):
+    (tmp_path / "sets.json").write_text(json.dumps([{"prompt": "a ball", "loras": [["zib.safetensors", "ball=zib ball"]]}]))
+    shutil.copy(LORA, tmp_path / "zib.safetensors")
+    arguments = ["--sets", "sets.json", "--seeds", "0", "--methods", "base", "--quiet", "--set", '{"steps": 1}']
+    assert here(*arguments, "--out", "r").returncode == 0
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 32}')
+    done = here(*arguments, "--out", "r")
+    assert done.returncode == 2 and "another loras" in done.stderr
+
+
 def test_verdicts():
     truth = [["ball", "zib"], ["star", "tam"]]
 
@@ -191,16 +227,32 @@ def test_tuning_and_test_prompts_share_no_pair():
     assert not pairs("tune") & pairs("test")
 
 
-def test_the_interval_covers_the_mean():
+@pytest.mark.parametrize("spread", [0.0, 0.3])
+def test_the_interval_covers_the_mean(spread):
+    """Also where groups differ in what they can do: an interval over images alone would cover it in 60 of 100 cases."""
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(100):
-        groups = np.repeat(np.arange(20), 5)
-        values = (rng.random(100) < 0.3).astype(float)
+        groups = np.repeat(np.arange(20), 15)
+        shares = 0.4 + spread * rng.choice([-1, 1], 20)             # what each group can do
+        values = (rng.random(300) < shares[groups]).astype(float)
         mean, low, high = evaluate.bootstrap(values, groups, rounds=200)
         assert low <= mean <= high
-        covered += low <= 0.3 <= high
+        covered += low <= 0.4 <= high
     assert covered >= 88
+
+
+def test_the_interval_is_that_of_plain_loops():
+    rng = np.random.default_rng(1)
+    groups = rng.permutation(np.repeat([4, 7, 1, 0], [10, 3, 1, 6]))
+    values = rng.random(20)
+    rng, means = np.random.default_rng(0), []
+    members = [values[groups == g] for g in (0, 1, 4, 7)]
+    for _ in range(100):
+        drawn = [members[n] for n in rng.integers(0, 4, 4)]
+        means.append(np.mean([one for some in drawn for one in rng.choice(some, len(some))]))
+    expected = [values.mean(), *np.percentile(means, [2.5, 97.5])]
+    assert evaluate.bootstrap(values, groups, rounds=100) == pytest.approx(expected, rel=1e-12)
 
 
 def test_table_pairs_every_method_with_merge_and_clora():
