@@ -137,7 +137,7 @@ def make_recipe(args: argparse.Namespace, model_settings: dict) -> Recipe:
     recipe = changed(changed(RECIPES[args.recipe], model_settings.get("recipe", {}), "clora.json"), args.recorded, "--from")
 
     def moved(step: int) -> int:
-        return step if step < 0 else round(step * given.get("steps", recipe.steps) / recipe.steps)      # -1: never
+        return step if step < 0 else min(10**6, round(step * given.get("steps", recipe.steps) / recipe.steps))  # -1: never
     scaled = {"update_until": moved(recipe.update_until), "mask_from": moved(recipe.mask_from),
               "refine_at": tuple(sorted({moved(step) for step in recipe.refine_at}))}
     return changed(recipe, {**scaled, **given}, "flags")
@@ -154,14 +154,15 @@ def changed(recipe: Recipe, values: dict, where: str) -> Recipe:
         like = getattr(RECIPES["paper"], name)
         parts = value if isinstance(value, tuple | list) else ()
         if not isinstance(value, types[type(like)]) or isinstance(value, bool) > isinstance(like, bool) or \
-                not all(type(part) is int for part in parts) or value not in CHOICES.get(name, [value]):
+                not all(type(part) is int and abs(part) <= 10**6 for part in parts) or \
+                value not in CHOICES.get(name, [value]):
             raise ValueError(f"{where}: {name} cannot be {value!r}")
     new: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     recipe = dataclasses.replace(recipe, **new)
     for name, low, high in (("steps", 1, 1000), ("temperature", 1e-6, 1e6), ("guidance", 1, 1e4), ("eta", 0, 1),
                             ("threshold", 0, 1), ("refine_steps", 0, 10_000), ("guidance_rescale", 0, 1),
                             ("switch_every", 1, 1000), ("update_every", 1, 1000), ("refine_stop", 0, 1),
-                            ("update_stop", 0, 1), ("mask_every", 1, 1000), ("update_until", -1, 10**6),
+                            ("update_stop", 0, 1), ("mask_every", 1, 1000), ("update_until", -10**6, 10**6),
                             ("mask_from", 0, 10**6), ("alpha", -1e6, 1e6)):
         if not low <= getattr(recipe, name) <= high:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(recipe, name)}; it must be between {low} and {high}")
@@ -341,7 +342,8 @@ def run(args: argparse.Namespace) -> None:
             print(f'clora: warning: CLIP reads 77 tokens; this was cut off: "{printable(cut, 700)}"', file=sys.stderr)
 
     said = [f'the prompt says "{s.trigger}" already, and the trigger is put in the place of "{s.word}"; write that alone'
-            for s in subjects if s.trigger.lower() != s.word.lower() and model.text.positions(args.prompt, s.trigger)]
+            for s in subjects if args.method != "base" and s.trigger.lower() not in s.word.lower()
+            and model.text.positions(args.prompt, s.trigger)]
     for line in (*said, *without_effect(args, recipe)):
         print(f"clora: warning: {printable(line, 700)}", file=sys.stderr)
 
@@ -397,9 +399,9 @@ def inspect_files(files: Sequence[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """-> exit code: 0 when every image was made, 2 for bad input, 130 when interrupted."""
+    """-> exit code: 0 when every image was made, 2 for bad input, 130 when interrupted, 141 when nobody reads its output."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        argv = sys.argv[1:] if argv is None else argv
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):        # a terminal without the letters of a file's name
                 stream.reconfigure(errors="backslashreplace")
@@ -410,7 +412,7 @@ def main(argv: list[str] | None = None) -> int:
             if sys.stdout is not None:              # None: closed by who started this
                 sys.stdout.flush()
             return code
-        run(rerun.recall(argv, Path(args.source), make_parser) if args.source else args)
+        run(args if args.source is None else rerun.recall(argv, Path(args.source), make_parser))
         return 0
     except (torch.OutOfMemoryError, MemoryError):
         message = "out of memory: use --low-memory, lower --batch, --height and --width, or use --dtype float16"
@@ -422,9 +424,9 @@ def main(argv: list[str] | None = None) -> int:
             message = f"--compile does not work here ({printable(reason, 700)}); go without it"
         else:
             raise
-    except BrokenPipeError:                     # `| head`: whoever reads has seen enough
+    except BrokenPipeError:                     # `| head`: whoever reads has seen enough, but images may be missing
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 0 if "--inspect" in argv else 141
     except UnicodeEncodeError as error:
         message = f"{error.object[error.start:error.end]!r} in an argument is not valid UTF-8; write it as text"
     except (ValueError, OSError) as error:

@@ -329,11 +329,13 @@ class Maker:
         return settings_of(args, recipe, self.model, self.subjects(one), self.style(one), seed, (self.size, self.size))
 
     def hashes(self, sets: Sequence[dict]) -> list[str]:
-        """Of every LoRA file that the sets name, and of PEFT's settings beside it."""
-        files = [find_lora(name) for name in sorted({split_weight(file)[0] for one in sets for file in files_of(one)})]
-        beside = [file.with_name("adapter_config.json") for file in files]
-        return [hashlib.sha256(file.read_bytes() + (settings.read_bytes() if settings.is_file() else b"")).hexdigest()
-                for file, settings in zip(files, beside)]
+        """Of every LoRA that the sets name."""
+        def hash_of(name: str) -> str:
+            try:
+                return self.lora(name).sha256           # with PEFT's settings beside it
+            except ValueError:                          # its images will say why
+                return hashlib.sha256(find_lora(name).read_bytes()).hexdigest()
+        return [hash_of(name) for name in sorted({split_weight(file)[0] for one in sets for file in files_of(one)})]
 
     def attempt(self, one: dict, method: str, recipe: Recipe, seeds: Sequence[int]) -> list[tuple[np.ndarray | None, dict]]:
         """`make`; if that fails every seed alone, so that one does not take the others with it; then the reason."""
@@ -573,8 +575,8 @@ def evaluate(args: argparse.Namespace) -> int:
     if unknown := [name for name in columns if name not in METHODS]:
         raise ValueError(f"there is no method called {unknown[0]}; choose from {', '.join(METHODS)}")
     args.batch = args.batch if args.batch is not None else 3 if is_embedded(args.model) else 1
-    if args.curve and (Path(args.curve).suffix.lower() != ".png" or not Path(args.curve).parent.is_dir()):
-        raise ValueError(f"--curve {args.curve} must end in .png and name a folder that is there")
+    if args.curve and Path(args.curve).suffix.lower() != ".png":
+        raise ValueError(f"--curve {args.curve} must end in .png")
     if args.batch < 1:
         raise ValueError(f"--batch is {args.batch}; it must be at least 1")
     if not columns or not args.seeds:
@@ -603,7 +605,8 @@ def evaluate(args: argparse.Namespace) -> int:
         words = f", {name} style" if not args.sets and name in renderer.STYLES else ""
         sets = [{**one, "prompt": one["prompt"] + words, "style": args.style} for one in sets]
     folder = Path(args.out)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for place in (folder / "images", *([Path(args.curve).parent] if args.curve else [])):
+        place.mkdir(parents=True, exist_ok=True)
     with only_writer(folder / f"results-{rank}.jsonl"):
         return sweep(args, columns, changes, sets, rank, world, folder)
 
@@ -620,7 +623,8 @@ def sweep(args: argparse.Namespace, columns: list[str], changes: dict, sets: lis
     maker = Maker(args)
     recipes = {column: recipe_of(column, maker.model.settings, changes) for column in columns}
     # what every line of a results file must have been made with
-    named = [{**one, "loras": [[from_repository(file), words] for file, words in one["loras"]]} for one in sets]
+    named = [{**one, "loras": [[from_repository(file), words] for file, words in one["loras"]],
+              **({"style": from_repository(one["style"])} if "style" in one else {})} for one in sets]
     common = {"model": maker.model.hash(), "sets": digest(named), "loras": digest(maker.hashes(sets)), "changes": changes,
               "dtype": str(DTYPES[args.dtype]).removeprefix("torch."), "batch": args.batch, "scores": maker.scores}
     stamps = {column: {**common, "recipe": digest(dataclasses.asdict(recipe))} for column, recipe in recipes.items()}
@@ -676,7 +680,6 @@ def sweep(args: argparse.Namespace, columns: list[str], changes: dict, sets: lis
             time.sleep(0.5)
         lines = [line for line in results() if image_of(line) in wanted]
         text = table(lines, columns)
-        print(text)
         with report.in_place(folder / "table.md") as path:
             path.write_text(text + "\n")
         with report.in_place(folder / "grid.png") as path:
@@ -684,6 +687,7 @@ def sweep(args: argparse.Namespace, columns: list[str], changes: dict, sets: lis
         if args.curve:
             with report.in_place(Path(args.curve)) as path:
                 curve(lines, columns).save(path)
+        print(text)
         good = {image_of(line) for line in lines if "error" not in line}
         failed = {image_of(line): line for line in lines if "error" in line and image_of(line) not in good}
         if failed:

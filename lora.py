@@ -110,11 +110,13 @@ class LoRA:
     metadata: dict[str, str]
 
 
+@torch.inference_mode(False)            # wherever they are made, gradients will pass through the factors
 def attach(unet: nn.Module, loras: Sequence[LoRA]) -> None:
     """Makes column a of `adapters` mean loras[a] in every layer; [] detaches. Move or cast the UNet before, not after."""
     layers = {name: module for name, module in unet.named_modules() if isinstance(module, _Adapted)}
     if missing := {name for lora in loras for name in lora.unet} - set(layers):
         raise ValueError(f"this UNet has no layer {min(missing)}; the LoRA was read for another model")
+    unet.attached = None                                                            # type: ignore[assignment]
     for name, module in layers.items():
         weight = module.weight.detach()                                             # type: ignore[attr-defined]
         module.attach({a: lora.unet[name].factors(weight) for a, lora in enumerate(loras) if name in lora.unet}, len(loras))

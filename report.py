@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from clora import Plan, Step, Subject, decode, rescale
@@ -106,7 +107,10 @@ def save_trace(path: Path, steps: Sequence[Step]) -> None:
         tensors["update_step"] = torch.tensor([step.index for step in steps for _ in step.losses])
         tensors["updated_latents"] = torch.cat([latents for step in steps for latents in step.updates])
     with in_place(path) as temporary:
-        save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary)
+        try:
+            save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary)
+        except SafetensorError as error:                # a full disk
+            raise OSError(f"{path} cannot be written ({error})") from None
 
 
 def _tile(array: np.ndarray, side: int, smooth: bool = False) -> np.ndarray:

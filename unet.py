@@ -162,7 +162,7 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    attached: tuple = ()                # the LoRAs that the columns of `adapters` stand for (lora.attach)
+    attached: tuple | None = ()         # the LoRAs that the columns of `adapters` stand for (lora.attach)
 
     def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()

@@ -248,7 +248,8 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, word, tmp_path, capsys
     (["--scheduler", "dpm++", "--eta", "1"], "--eta is for --scheduler ddim"), (["--eta", "1"], ""),
     (["--method", "base", "--style", STYLE], "without --style too"), (["--style", STYLE], ""),
     (["--refine-at", "0,2,3", "--update-until", "1"], "--refine-at 2,3 comes after"), (["--update-until", "1"], ""),
-    (["--prompt", "a sks cat and a dog"], 'says "sks cat" already')])
+    (["--prompt", "a sks cat and a dog"], 'says "sks cat" already'),
+    (["--prompt", "a sks cat and a dog", "--method", "base"], ""), (["--lora", CAT, "a cat=cat"], "")])
 def test_flags_that_change_nothing_are_named(arguments, word, tmp_path, capsys):
     capsys.readouterr()
     assert run(*TWO, *arguments, "--quiet", out=tmp_path) == 0
@@ -260,8 +261,9 @@ def test_flags_that_change_nothing_are_named(arguments, word, tmp_path, capsys):
 def test_numbers_that_no_step_can_have(name, tmp_path, capsys):
     huge = 10 ** 400
     assert f"--{name.replace('_', '-')}" in refused(capsys, tmp_path / "out", *TWO, f"--{name.replace('_', '-')}", str(huge))
-    with pytest.raises(ValueError, match=name.replace("_", "-")):           # as in a model's clora.json
-        cli.make_recipe(cli.make_parser().parse_args([]), {"recipe": {name: huge}})
+    for key, value in ((name, huge), ("refine_at", [huge])):                # as in a model's clora.json
+        with pytest.raises(ValueError, match=key.replace("_", ".")):
+            cli.make_recipe(cli.make_parser().parse_args([]), {"recipe": {key: value}})
 
 
 def test_a_prompt_without_loras_and_loras_without_a_prompt(tmp_path, capsys):

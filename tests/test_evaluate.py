@@ -11,7 +11,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import cli
 import evaluate
@@ -77,7 +79,7 @@ def test_a_sweep_is_resumed_and_split_without_a_difference(tmp_path):
     (["--methods", "magic"], "magic"), (["--seeds", ""], "--seeds"), (["--seeds", "9-1"], "9-1"),
     (["--sets", "nowhere.json"], "nowhere.json"), (["--sets", "bad.json"], "cat.safetensors"),
     (["--set", '{"nonsense": 1}'], "nonsense"), (["--model", "nowhere"], "nowhere"),
-    (["--batch", "0"], "--batch"), (["--curve", "curve"], ".png"), (["--curve", "no/curve.png"], "no/curve.png"),
+    (["--batch", "0"], "--batch"), (["--curve", "curve"], ".png"),
     (["--prompts", "0"], "--prompts"), (["--device", "quantum"], "quantum"),
     (["--set", "{"], "--set"), (["--model", str(ROOT / "tests/golden/model")], "--sets")])
 def test_bad_input(arguments, word, here, tmp_path):
@@ -179,23 +181,33 @@ def test_results_that_another_process_makes_meanwhile_with_other_settings(here, 
 
 def test_the_same_sweep_by_other_words(here, tmp_path, monkeypatch):
     """From another folder, and with the other name of the precision: nothing is another, so it goes on."""
-    arguments = ["--prompts", "1", "--seeds", "0", "--methods", "base", "--quiet", "--set", '{"steps": 2}', "--out"]
-    assert here(*arguments, "r").returncode == 0
+    arguments = ["--prompts", "1", "--seeds", "0", "--methods", "base", "--quiet", "--set", '{"steps": 2}', "--style"]
+    arguments += [os.path.relpath(ROOT / "weights/toy/loras/ink.safetensors"), "--curve", "r/new/curve.png", "--out"]
+    assert here(*arguments, "r").returncode == 0 and (tmp_path / "r/new/curve.png").exists()
     before = (tmp_path / "r/results-0.jsonl").read_bytes()
     (tmp_path / "below").mkdir()
     monkeypatch.chdir(tmp_path / "below")
     monkeypatch.setattr(evaluate, "TOY", Path(os.path.relpath(ROOT / "weights/toy")))
+    arguments[-4] = os.path.relpath(ROOT / "weights/toy/loras/ink.safetensors")
     assert here(*arguments, "../r", "--dtype", "fp32").returncode == 0
     assert (tmp_path / "r/results-0.jsonl").read_bytes() == before
 
 
 def test_peft_settings_beside_a_lora_count(here, tmp_path):
+    """Where they are read: the first LoRA is kohya's, the second PEFT's."""
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    save_file({f"base_model.model.{name}.lora_{part}.weight": torch.ones(shape) for part, shape in
+               (("A", (2, 48)), ("B", (48, 2)))}, tmp_path / "peft.safetensors")
     (tmp_path / "sets.json").write_text(json.dumps([{"prompt": "a ball", "loras": [["zib.safetensors", "ball=zib ball"]]}]))
     shutil.copy(LORA, tmp_path / "zib.safetensors")
     arguments = ["--sets", "sets.json", "--seeds", "0", "--methods", "base", "--quiet", "--set", '{"steps": 1}']
     assert here(*arguments, "--out", "r").returncode == 0
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 32}')
-    done = here(*arguments, "--out", "r")
+    assert here(*arguments, "--out", "r").returncode == 0
+    shutil.copy(tmp_path / "peft.safetensors", tmp_path / "zib.safetensors")
+    assert here(*arguments, "--out", "s").returncode == 0
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 16}')
+    done = here(*arguments, "--out", "s")
     assert done.returncode == 2 and "another loras" in done.stderr
 
 

@@ -700,6 +700,10 @@ def test_damaged_peft_settings_are_refused(unet, tmp_path):
     path, _ = peft_file(tmp_path, unet, "base_model.model.{}.lora_{}.weight")
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LOKR"}')
     assert "a PEFT adapter of the kind LOKR" in refused(path, unet)
+    (tmp_path / "adapter_config.json").write_text('{"r": 64, "lora_alpha": 64, "task_type": "CAUSAL_LM", "peft_type": null}')
+    assert "are of another LoRA: they say r = 64" in refused(path, unet)
+    (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 64, "peft_type": null}')
+    assert read_lora(path, unet).unet
 
 
 def test_the_hash_is_of_the_file(unet, text, tmp_path):

@@ -400,6 +400,9 @@ def test_a_lora_on_the_hub(tmp_path, monkeypatch):
     assert find_lora("someone/cats:b.safetensors") == tmp_path / "b.safetensors"
     files.remove("b.safetensors")
     assert find_lora("someone/cats") == tmp_path / "a.safetensors"
+    # a training's checkpoints lie in folders of their own
+    files[:] = ["checkpoint-500/pytorch_lora_weights.safetensors", "pytorch_lora_weights.safetensors"]
+    assert find_lora("someone/cats") == tmp_path / "pytorch_lora_weights.safetensors" and asked.pop()
     assert asked == [("someone/cats", f"{name}.safetensors", "adapter_config.json") for name in "ba"]
     files[:] = ["README.md", "dog/adapter_model.safetensors", "dog/adapter_config.json"]
     (tmp_path / "dog").mkdir()

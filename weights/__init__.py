@@ -118,6 +118,8 @@ def _load_folder(folder: Path, name: str, device: str, dtype: torch.dtype) -> Mo
         raise ValueError(f"{folder}: the VAE makes {vae_config.latent_channels} channels, "
                          f"the UNet reads {unet_config.in_channels}: they are not of one model")
     settings = _read_json(folder / "clora.json") if (folder / "clora.json").exists() else {}
+    if unknown := settings.keys() - {"map_level", "recipe"}:
+        raise ValueError(f"{folder / 'clora.json'}: {min(unknown)} is not known; it may hold map_level and recipe")
     level = settings.get("map_level", 2)
     if type(level) is not int or not 0 <= level < len(unet.down_blocks) or not unet.map_layers(level):
         raise ValueError(f"{folder / 'clora.json'}: this UNet has no maps at map_level {level!r}")
@@ -249,7 +251,7 @@ def find_lora(source: str | Path) -> Path:
             names = {file.relative_to(folder).as_posix() for file in folder.rglob("*")}
         candidates = (sorted(file for file in names if file.endswith(LORA_ENDINGS[0]))
                       or sorted(file for file in names if file.endswith(LORA_ENDINGS)))
-        usual = [file for file in candidates if Path(file).stem == "pytorch_lora_weights"] or candidates
+        usual = [file for file in candidates if file.rpartition(".")[0] == "pytorch_lora_weights"] or candidates
         if len(usual) != 1:
             if not candidates:
                 raise ValueError(f"{repo} has no {' or '.join(LORA_ENDINGS[:3])} file; name a repository of a LoRA")

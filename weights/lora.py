@@ -156,6 +156,7 @@ class _File:
             self.metadata, self._get = handle.metadata() or {}, handle.get_tensor
         with path.open("rb") as stream:                         # now: whatever claims to be huge was refused
             digest = hashlib.file_digest(stream, "sha256")
+        self.own_sha256 = digest.hexdigest()
         if any(len(key) > 500 for key in self.shapes):          # a name is searched for patterns: keep that quick
             raise self.error("is no LoRA: it has keys of more than 500 characters")
         self.config, beside = self._peft_config()
@@ -193,7 +194,7 @@ class _File:
                 config = dict(json.loads(content))
         except (ValueError, TypeError, OSError, RecursionError) as error:
             raise self.error(f"its PEFT settings cannot be read ({error}); save the LoRA again") from None
-        if (kind := config.get("peft_type", "LORA")) != "LORA":
+        if (kind := config.get("peft_type") or "LORA") != "LORA":
             raise self.error(f"is a PEFT adapter of the kind {kind}, and of PEFT's kinds only LORA is supported; save it in "
                              "LyCORIS' format")
         # a whole pipeline's settings name the half, those of one module do not
@@ -202,6 +203,10 @@ class _File:
 
     def peft_scale(self, half: str, name: str, rank: int) -> float:
         """alpha / rank of a layer without an alpha key: from the PEFT settings, else 1."""
+        noted = self.config.get(f"{half}.r", rank)
+        if noted != rank and not self.config.get(f"{half}.rank_pattern"):
+            raise self.error(f"its PEFT settings are of another LoRA: they say r = {noted!r}, and {name} has rank {rank}; "
+                             "put its own adapter_config.json beside it")
         patterns = self.config.get(f"{half}.alpha_pattern")
         for key in patterns if isinstance(patterns, dict) else ():
             if not re.fullmatch(r"\^?[\w.]+", key):              # PEFT would match it; a stranger's may match for ever
@@ -397,7 +402,7 @@ def describe(path: str | Path) -> dict[str, str]:
         "tags": file.metadata.get("modelspec.tags", ""),
         "usage": file.metadata.get("modelspec.usage_hint", ""),
         "trigger words": ", ".join(trigger_words(file.metadata)),
-        "sha256": file.sha256}
+        "sha256": file.own_sha256}
     return {heading: line for heading, value in lines.items() if (line := printable(value, 200))}
 
 
