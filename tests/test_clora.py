@@ -528,3 +528,46 @@ def test_steps_run_on_another_device_and_never_wait_for_it(low_memory, changes):
         assert step.latents.shape == noise.shape and step.latents.dtype == torch.half and step.masks.shape == (2, 3, 6, 8)
     with pytest.raises(RuntimeError, match="meta"):         # only after the last one: were the latents finite?
         next(steps)
+
+
+def test_half_precision_keeps_small_gradients():
+    """The loss is scaled up for the way back, and the gradient down again: entries below 6e-8 would be 0 in float16."""
+    torch.manual_seed(0)
+    unet, plan, z = UNet(TINY).eval().requires_grad_(False), tiny_plan(dtype=torch.float32), torch.randn(1, 4, 6, 8)
+    half = dataclasses.replace(plan, context=plan.context.half(), adapters=plan.adapters.half())
+    layers = unet.map_layers(1)
+
+    def small(groups, temperature):
+        return 1e-4 * clora.info_nce_loss(groups, temperature)
+    _, expected = clora.contrast(unet, z, 500, plan, layers, Recipe(), loss=small)
+    _, gradient = clora.contrast(unet.half(), z.half(), 500, half, layers, Recipe(), loss=small)
+    assert expected.abs().median() < 1e-7 and ((gradient - expected).norm() / expected.norm()).item() < 0.05
+
+
+@pytest.mark.parametrize("size", [(9, 7), (5, 8), (7, 12)])
+def test_odd_sizes_have_maps_of_half_a_pixel_more(size):
+    model, plan = tiny_model()
+    recipe = Recipe(steps=2, refine_at=())
+    (_, step) = clora.compose(model, plan, recipe, torch.randn(2, 4, *size, dtype=torch.float64))
+    assert step.maps.shape == (2, 3, -(-size[0] // 2), -(-size[1] // 2), 77) and step.masks.shape == (2, 3, *size)
+    assert torch.allclose(step.maps.sum(dim=-1), torch.ones(()).double())
+
+
+def test_guidance_rescale_is_of_each_picture():
+    uncond, cond = (torch.randn(3, 4, 6, 8) * torch.tensor([0.1, 1, 5]).view(3, 1, 1, 1) for _ in range(2))
+    recipe = Recipe(guidance_rescale=0.7)
+    alone = [clora.guide(uncond[b:b + 1], cond[b:b + 1], recipe) for b in range(3)]
+    assert torch.allclose(clora.guide(uncond, cond, recipe), torch.cat(alone), rtol=1e-5)
+
+
+def test_merge_takes_the_users_weights():
+    from weights import load_model
+    golden = Path(__file__).parent / "golden"
+    model = load_model(golden / "model")
+    cat, dog, style = (model.lora(golden / f"loras/{name}.safetensors") for name in ("cat_peft", "dog_kohya", "style_peft"))
+
+    def rows(*weights: float | None) -> list[list[float]]:
+        subjects = [clora.Subject(cat, "cat", "sks cat", weights[0]), clora.Subject(dog, "dog", "sks dog", weights[1])]
+        plan = clora.make_plan(model, "a cat and a dog", subjects, (style, 0.25), method="merge")
+        return plan.adapters.tolist()
+    assert rows(None, None) == [[0.5, 0.5, 0.25]] * 2 and rows(0.75, None) == [[0.75, 0.5, 0.25]] * 2
