@@ -190,43 +190,28 @@ class Scorer:
     """
 
     def __init__(self, dino: str, clip: str, device: str):
-        from transformers import AutoModel, CLIPTokenizer
+        from transformers import AutoImageProcessor, AutoModel, CLIPTokenizer
         from transformers.utils import logging
         logging.disable_progress_bar()
+        logging.set_verbosity_error()                   # else it tells which layers of these models have no use here
         self.device = device
         try:
             self.clip = AutoModel.from_pretrained(clip).float().to(device).eval()
             self.dino = self.clip if dino == clip else AutoModel.from_pretrained(dino).float().to(device).eval()
             self.tokenizer = CLIPTokenizer.from_pretrained(clip)
-            self.rules = [self._rules(name) for name in (dino, clip)]
+            self.processors = [AutoImageProcessor.from_pretrained(name, use_fast=False) for name in (dino, clip)]
         except (OSError, ValueError) as error:
             raise ValueError(f"the scoring models cannot be loaded ({dino}, {clip}): {error}") from None
         self.references: dict[str, torch.Tensor] = {}
 
-    @staticmethod
-    def _rules(name: str) -> dict:
-        from transformers.utils import cached_file
-        return json.loads(Path(str(cached_file(name, "preprocessor_config.json"))).read_text())
-
-    def _pixels(self, pictures: list[np.ndarray], rules: dict) -> torch.Tensor:
-        """uint8 [H, W, 3] each -> [B, 3, S, S]: shorter side to S, centre crop, mean and deviation of the model."""
-        size = rules.get("crop_size") or rules["size"]
-        side = size if isinstance(size, int) else size.get("height") or size["shortest_edge"]
-        out = []
-        for picture in pictures:
-            image = Image.fromarray(picture)
-            factor = side / min(image.size)
-            image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            x = torch.from_numpy(np.array(image.crop((left, top, left + side, top + side)))).permute(2, 0, 1) / 255
-            mean, deviation = (torch.tensor(rules[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
-            out.append((x - mean) / deviation)
-        return torch.stack(out).to(self.device)
+    def _pixels(self, pictures: list[np.ndarray], processor) -> torch.Tensor:
+        """uint8 [H, W, 3] each -> [B, 3, S, S], as the model's own settings say."""
+        return processor(images=pictures, return_tensors="pt")["pixel_values"].to(self.device)
 
     @torch.no_grad()
     def look(self, pictures: list[np.ndarray]) -> torch.Tensor:
         """-> unit vectors [B, D] of the picture encoder (the class token's)."""
-        pixels = self._pixels(pictures, self.rules[0])
+        pixels = self._pixels(pictures, self.processors[0])
         tower = getattr(self.dino, "vision_model", self.dino)
         return torch.nn.functional.normalize(tower(pixel_values=pixels).last_hidden_state[:, 0], dim=1)
 
@@ -239,7 +224,7 @@ class Scorer:
         mine = self.look([picture])
         similar = [(self.references[key] @ mine.T).mean().item() for key, _ in references]
         ids = self.tokenizer([prompt], padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-        out = self.clip(input_ids=ids.to(self.device), pixel_values=self._pixels([picture], self.rules[1]))
+        out = self.clip(input_ids=ids.to(self.device), pixel_values=self._pixels([picture], self.processors[1]))
         score = (out.text_embeds * out.image_embeds).sum().item()
         facts = {"clip": round(score, 4)}
         if similar:

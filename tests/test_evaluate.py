@@ -329,7 +329,27 @@ def test_scores_by_the_embedded_clip():
     right, wrong = (scorer.score(zib[0], text, references) for text in ("a zib ball", "a pel ring"))
     assert right["clip"] > wrong["clip"] and right["dino_min"] < right["dino_avg"] < right["dino_max"]
     assert scorer.score(zib[0], "a ball", references[:1])["dino_avg"] == right["dino_max"]
+    each = [scorer.score(zib[0], "a ball", [(f"zib {n}", lambda n=n: zib[n:n + 1])])["dino_avg"] for n in range(8, len(zib))]
+    assert len(set(each)) > 1 and right["dino_max"] == pytest.approx(np.mean(each), abs=1e-4)   # all references count alike
     assert len(scorer.score(zib[0], "a ball", [references[0]] * 2)) == 4 and len(scorer.score(zib[0], "a ball", [])) == 1
+
+
+def test_pictures_are_prepared_as_the_scoring_model_says(tmp_path):
+    """DINOv2 and others enlarge the picture beyond what they then cut out of its middle."""
+    from transformers import ViTConfig, ViTModel
+    vit = ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16,
+                             patch_size=8), add_pooling_layer=False).eval()
+    vit.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({
+        "image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16},
+        "resample": 3, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.1, 0.2, 0.3]}))
+    scorer = evaluate.Scorer(str(tmp_path), str(ROOT / "weights/toy/clip"), "cpu")
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    middle = np.array(Image.fromarray(picture).resize((20, 20), Image.Resampling.BICUBIC))[2:18, 2:18] / 255
+    pixels = torch.from_numpy((middle - [0.4, 0.5, 0.6]) / [0.1, 0.2, 0.3]).float().permute(2, 0, 1)
+    with torch.no_grad():
+        vector = vit(pixel_values=pixels[None]).last_hidden_state[:, 0]
+    assert torch.allclose(scorer.look([picture]), vector / vector.norm(), atol=1e-5)
 
 
 def test_a_failed_seed_does_not_take_its_batch_with_it(monkeypatch):

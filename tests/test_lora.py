@@ -358,6 +358,14 @@ def test_lokr(name, first, second, unet, tmp_path):
     assert relative(change(lora, unet, name), torch.kron(w1, w2.double().contiguous()) * scale) < 1e-5
 
 
+def test_lokr_of_two_ranks(unet, tmp_path):
+    """alpha is divided by the second factor's rank, as ComfyUI reads it: LyCORIS writes one rank in both."""
+    parts = {"lokr_w1_a": randn(8, 2, seed=1), "lokr_w1_b": randn(2, 4, seed=2), "alpha": torch.tensor(2.0),
+             "lokr_w2_a": randn(8, 5, seed=3), "lokr_w2_b": randn(5, 16, seed=4)}
+    w1, w2 = (parts[f"lokr_w{n}_a"].double() @ parts[f"lokr_w{n}_b"].double() for n in (1, 2))
+    assert relative(change(read_one(tmp_path, unet, LINEAR, parts), unet, LINEAR), torch.kron(w1, w2) * 2 / 5) < 1e-5
+
+
 @pytest.mark.parametrize("form, key", [
     *((form, key) for form in ("flat", "column", "conv") for key in ("dora_scale", "lora_magnitude_vector.weight")),
     ("peft conv", "lora_magnitude_vector.weight")])     # of a dora_scale, [1, n] would mean columns
