@@ -39,7 +39,7 @@ def attention_probs(query: Tensor, key: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention; self-attention when `context` is None."""
+    """Multi-head attention; self-attention when no `text` is given."""
 
     def __init__(self, channels: int, context_dim: int, heads: int):
         super().__init__()

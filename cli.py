@@ -38,8 +38,7 @@ with contextlib.suppress(ValueError):       # Windows: from another drive there 
 DEMO = {"prompt": "a ball and a ring on the grass",
         "lora": [[str(TOY / "loras/zib.safetensors"), "ball=zib ball"],
                  [str(TOY / "loras/pel.safetensors"), "ring=pel ring"]]}
-CHOICES = {"scheduler": ("ddim", "pndm", "dpm++", "lcm"), "maps_from": ("cond", "both"), "noise_from": ("after", "before"),
-           "uncond_from": ("each", "base")}
+CHOICES: dict[str, tuple[str, ...]] = {"scheduler": ("ddim", "pndm", "dpm++", "lcm"), **clora.CHOICES}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
           "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -166,8 +165,6 @@ def changed(recipe: Recipe, values: dict, where: str) -> Recipe:
                             ("mask_from", 0, 10**6), ("alpha", -1e6, 1e6)):
         if not low <= getattr(recipe, name) <= high:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(recipe, name)}; it must be between {low} and {high}")
-    if recipe.uncond_from == "base" and recipe.maps_from == "both":
-        raise ValueError("--uncond-from base leaves no unconditional maps for --maps-from both; choose one of the two")
     return recipe
 
 
@@ -209,17 +206,43 @@ def from_repository(name: str) -> str:
     """A file of the repository as seen from there, where the command of an image is run; any other as the user wrote it."""
     path = Path(os.path.abspath(name))
     inside = os.path.lexists(split_weight(str(path))[0]) and path.is_relative_to(REPOSITORY)
-    return str(path.relative_to(REPOSITORY)) if inside else name
+    name = str(path.relative_to(REPOSITORY)) if inside else name
+    return f"./{name}" if name.startswith("-") else name            # no flag
+
+
+MASKS = ("threshold", "mask_ties", "mask_from", "mask_every", "dilate", "erode", "open", "close")
+UPDATES = ("update_until", "temperature", "alpha", "refine_at", "refine_steps", "refine_stop", "update_every", "update_stop",
+           "rescale_maps", "noise_from")
 
 
 def without_effect(args: argparse.Namespace, recipe: Recipe) -> list[str]:
-    """A line for every flag that is given and changes nothing beside the others."""
-    late = [step for step in args.refine_at or () if step > recipe.update_until]
-    return [line for line, given in (
-        (f"--eta is for --scheduler ddim; {recipe.scheduler} does not read it", args.eta and recipe.scheduler != "ddim"),
-        ("--method base draws without LoRAs, so without --style too", args.method == "base" and args.style),
-        (f"--refine-at {','.join(map(str, late))} comes after the last update, --update-until {recipe.update_until}", late),
-    ) if given]
+    """A line for every kind of flag that is given and changes nothing beside the others."""
+    last = min(recipe.update_until, recipe.steps - 1)
+    late = [step for step in args.refine_at or () if step > last]
+    composed, never = args.method == "clora" and bool(args.lora), recipe.mask_from >= recipe.steps
+    rules: tuple[tuple[tuple[str, ...], bool, str], ...] = (
+        (("eta",), recipe.scheduler != "ddim", f"is for --scheduler ddim; {recipe.scheduler} does not read it"),
+        (("switch_every",), args.method != "switch", "is for --method switch"),
+        (("lora", "style", "text_lora"), args.method == "base", "is for other methods; --method base draws without LoRAs"),
+        ((*MASKS, *UPDATES, "maps_from"), not composed, "is for --method clora with --lora: it alone reads maps"),
+        (UPDATES, composed and len(args.lora) == 1, "is for two LoRAs and more: one alone has nothing to be parted from"),
+        (UPDATES[1:], composed and len(args.lora) > 1 and last < 0, "is for latent updates, and --update-until says never"),
+        (tuple(set(MASKS) - {"mask_from"}), composed and never, f"is for masks, which begin at step {recipe.mask_from}"))
+    lines = []
+    for names, idle, why in rules:
+        given = {name: getattr(args, name) for name in names if idle and getattr(args, name) not in (None, [])}
+        flags = [f"--{name.replace('_', '-')}" for name, value in given.items()
+                 if not (name == "eta" and value == 0 or name == "update_until" and value < 0)]       # say the same
+        lines += [f"{', '.join(sorted(flags))} {why}"] if flags else []
+    if late and last >= 0 and composed and len(args.lora) > 1:
+        lines.append(f"--refine-at {','.join(map(str, late))} comes after the last update, which is of step {last}")
+    return lines
+
+
+def writable(folder: Path) -> None:
+    """OSError now and not after the first image, if files cannot be written there or the folder cannot be made."""
+    nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    tempfile.TemporaryFile(dir=nearest).close()
 
 
 def settings_of(args: argparse.Namespace, recipe: Recipe, model: Model, subjects: list[Subject],
@@ -294,8 +317,7 @@ def run(args: argparse.Namespace) -> None:
     args.dtype = args.dtype or ("float16" if args.device.startswith("cuda") else "float32")
     out, place = Path(args.out), args.out
     try:                                                    # say so now, not after the first image
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
+        writable(out)
         trace = Path(args.trace) if args.trace else None
         traces: dict[int, Path] = {}                        # by seed
         place = args.trace
@@ -306,7 +328,8 @@ def run(args: argparse.Namespace) -> None:
             for path in traces.values():
                 if path.exists() and not path.is_file():
                     raise ValueError(f"--trace {path} is a folder or a device; name a file")
-            tempfile.TemporaryFile(dir=trace.parent).close()
+            if trace.parent.resolve() != out.resolve():     # which may be made
+                tempfile.TemporaryFile(dir=trace.parent).close()
         stems = {f"{args.method}-{seed}{part}" for seed in seeds for part in ("", "-panel")}
         for folder, left in ((out, stems), *((path.parent, {path.stem}) for path in traces.values())):
             report.remove_temporaries(folder, left, age=3600)       # of runs that were killed; a younger one may be at work
@@ -344,9 +367,16 @@ def run(args: argparse.Namespace) -> None:
     said = [f'the prompt says "{s.trigger}" already, and the trigger is put in the place of "{s.word}"; write that alone'
             for s in subjects if args.method != "base" and s.trigger.lower() not in s.word.lower()
             and model.text.positions(args.prompt, s.trigger)]
+    said += [f'"{printable(found[0], 100)}" is read as plain words: a prompt has no weights here, of words or of LoRAs'
+             for text in (args.prompt, args.negative)
+             if (found := re.search(r"<(lora|lyco|hypernet):[^>]*>|[(\[][^()\[\]]*:[\d.]+[)\]]", text))]
     for line in (*said, *without_effect(args, recipe)):
         print(f"clora: warning: {printable(line, 700)}", file=sys.stderr)
 
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to {out}: {error.strerror}") from None
     panel = (demo if args.panel is None else args.panel) and bool(plan.concepts)
     page = (demo if args.report is None else args.report) and bool(plan.concepts)
     for start in range(0, len(seeds), args.batch):
@@ -366,6 +396,9 @@ def run(args: argparse.Namespace) -> None:
             path = out / f"{args.method}-{seed}.png"
             report.save_picture(path, pictures[args.method], settings)
             print(path)
+            for beside, made in ((path.with_stem(f"{path.stem}-panel"), panel), (path.with_suffix(".html"), page)):
+                if beside.exists() and not made:
+                    print(f"clora: warning: {beside} is of an earlier run (--panel, --report)", file=sys.stderr)
             if trace is not None:
                 report.save_trace(traces[seed], [step.picture(b) for step in steps])
                 print(traces[seed])
@@ -373,7 +406,8 @@ def run(args: argparse.Namespace) -> None:
                 names = [subject.trigger for subject in subjects]
                 path = out / f"{args.method}-{seed}-panel.png"
                 middle = steps[len(steps) // 2].picture(b)
-                sheet = report.panel(pictures["clora"], pictures["merge"], middle, plan.words, names)
+                sheet = report.panel(pictures["clora"], pictures["merge"], middle, plan.words, names,
+                                     middle.index >= recipe.mask_from)
                 report.save_picture(path, sheet, settings)
                 print(path)
             if page:

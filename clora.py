@@ -33,11 +33,13 @@ from unet import UNet
 from weights import Model
 
 METHODS = ("clora", "merge", "switch", "composite", "base")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "maps_from": ("cond", "both"), "noise_from": ("after", "before"), "uncond_from": ("each", "base")}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every choice of the method. The defaults are the paper's, or the release's where the paper is silent."""
+    """Every choice of the method. The defaults are the paper's; where it is silent the release's, and the usual guidance."""
 
     steps: int = 50                     # denoising steps
     scheduler: str = "ddim"             # ddim, pndm, dpm++ or lcm
@@ -67,6 +69,13 @@ class Recipe:
     open: bool = False                  # erode, then dilate: drops specks
     close: bool = False                 # dilate, then erode: fills holes
     switch_every: int = 1               # method switch: steps until the next LoRA's turn
+
+    def __post_init__(self):
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose from {', '.join(allowed)}")
+        if self.uncond_from == "base" and self.maps_from == "both":
+            raise ValueError("--uncond-from base leaves no unconditional maps for --maps-from both; choose one of the two")
 
 
 RECIPES = {
@@ -194,7 +203,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class Plan:
-    """A prompt and its LoRAs, encoded. Rows of all tensors: V unconditional, then V conditional. Good for many images."""
+    """A prompt and its LoRAs, encoded. Rows of all tensors: V unconditional, then V conditional. Good for many images.
+
+    Plans with different LoRAs may share a UNet in turn: `predict` attaches its plan's, and a call of your own must do so.
+    """
 
     prompts: tuple[str, ...]                            # [V]
     context: Tensor                                     # [2V, T, D]
@@ -202,7 +214,7 @@ class Plan:
     concepts: tuple[tuple[tuple[int, int], ...], ...] = ()      # per subject: (variant, token) of every map of its group
     words: tuple[tuple[int, ...], ...] = ()             # per subject: the tokens of its trigger in its own prompt
     in_turn: bool = False                               # method switch: the variants take turns
-    keys: TextKeys | None = None                        # 2V rows: the context, as the UNet's layers read it
+    keys: TextKeys | None = None                        # 2V rows: the context, as the UNet's layers read it (by compose)
     loras: tuple[LoRA, ...] | None = None               # [A] the columns of adapters; None: what the UNet has attached
 
     def rows(self, rows: Sequence[int], pictures: int) -> tuple[TextKeys | Tensor, Tensor]:
@@ -213,11 +225,13 @@ class Plan:
 
 @torch.no_grad()
 def make_plan(model: Model, prompt: str, subjects: Sequence[Subject] = (), style: tuple[LoRA, float] | None = None,
-              negative: str = "", method: str = "clora", recipe: Recipe = RECIPES["paper"]) -> Plan:
+              negative: str = "", method: str = "clora", recipe: Recipe | None = None) -> Plan:
     """Writes the prompt of every variant, encodes it, finds its words, and attaches the LoRAs to the UNet.
 
+    What a recipe says of text, clip_skip and text_lora, is done here and not by `compose` (None: the model's own recipe).
     ValueError: a subject that is not in the prompt, occurs twice, was cut off or is shared by two LoRAs.
     """
+    recipe = recipe or recipe_for(model)
     if method not in METHODS:
         raise ValueError(f"there is no method called {method}; choose from {', '.join(METHODS)}")
     if recipe.uncond_from == "base" and method not in ("clora", "base"):
@@ -254,15 +268,14 @@ def make_plan(model: Model, prompt: str, subjects: Sequence[Subject] = (), style
     rows = [encode(model, [negative, text], list(zip(loras, row)), recipe) for text, row in zip(prompts, strengths)]
     context = torch.stack(rows, dim=1).flatten(0, 1)                                # [2V, T, D]
     adapters = torch.tensor(strengths * 2, device=context.device, dtype=context.dtype).reshape(2 * len(prompts), -1)
-    keys = model.unet.text_keys(context, adapters)
     if method != "clora":
-        return Plan(tuple(prompts), context, adapters, in_turn=method == "switch", keys=keys, loras=loras)
+        return Plan(tuple(prompts), context, adapters, in_turn=method == "switch", loras=loras)
 
     def tokens(v: int, k: int) -> tuple[int, ...]:
         return model.text.find(prompts[v], subjects[k].trigger if v == k + 1 else subjects[k].word)
     concepts = tuple(tuple((v, token) for v in range(len(prompts)) for token in tokens(v, k)) for k in range(len(subjects)))
     words_of = tuple(tokens(k + 1, k) for k in range(len(subjects)))
-    return Plan(tuple(prompts), context, adapters, concepts, words_of, keys=keys, loras=loras)
+    return Plan(tuple(prompts), context, adapters, concepts, words_of, loras=loras)
 
 
 def encode(model: Model, texts: Sequence[str], loras: Sequence[tuple[LoRA, float]], recipe: Recipe) -> Tensor:
@@ -286,7 +299,7 @@ def initial_noise(model: Model, height: int, width: int, seed: int) -> Tensor:
 def step_generators(noise: Tensor, seeds: Sequence[int]) -> list[torch.Generator]:
     """For samplers that add noise: one per picture, past the draw of its initial noise [B, 4, h, w], as in diffusers."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    for one, generator in zip(noise, generators):
+    for one, generator in zip(noise, generators, strict=True):
         torch.randn(one.shape, generator=generator, dtype=one.dtype)
     return generators
 
@@ -305,13 +318,17 @@ class Step:
     maps: Tensor | None = None          # [B, V, m, n, T]
     masks: Tensor | None = None         # [B, V, h, w]
     losses: list[Tensor] = field(default_factory=list)      # [B] per update; none with one concept: its loss is always 0
-    updates: list[Tensor] = field(default_factory=list)     # latents [B, 4, h, w] after each; a picture that stopped repeats
+    updates: list[Tensor] = field(default_factory=list)     # latents [B, 4, h, w] after each
+    moved: list[Tensor] = field(default_factory=list)       # bool [B] per update: others of the batch had stopped before
 
     def picture(self, b: int) -> Step:
-        """The state of picture b alone, as a batch of one."""
+        """The state of picture b alone, as a batch of one, with its own updates."""
+        b = range(len(self.latents))[b]
+        own = [n for n, moved in enumerate(self.moved) if moved[b]]
+
         def one(value):
-            return [one(x) for x in value] if isinstance(value, list) else None if value is None else value[b:b + 1]
-        names = ("latents", "x0", "noise", "maps", "masks", "losses", "updates")
+            return [value[n][b:b + 1] for n in own] if isinstance(value, list) else None if value is None else value[b:b + 1]
+        names = ("latents", "x0", "noise", "maps", "masks", "losses", "updates", "moved")
         return replace(self, **{name: one(getattr(self, name)) for name in names})
 
 
@@ -325,7 +342,8 @@ def contrast(unet: UNet, latents: Tensor, timestep: int, plan: Plan, layers: tup
     variants = range(len(plan.prompts))
     # half precision cannot hold the gradient's smallest entries: scale the loss up and the gradient down again
     scale = 4096.0 if latents.dtype == torch.float16 else 1.0
-    z = latents.detach().requires_grad_()
+    with torch.inference_mode(False):                   # whatever the caller is in: gradients are wanted
+        z = latents.detach().clone().requires_grad_()
 
     def maps_of(chosen: Sequence[int]) -> Tensor:
         rows = [*chosen] if recipe.maps_from == "both" else []
@@ -343,7 +361,7 @@ def contrast(unet: UNet, latents: Tensor, timestep: int, plan: Plan, layers: tup
         return torch.stack(losses)                                                  # [B]
 
     # a picture's loss knows no other picture, so the gradient of the sum holds the gradient of each
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         if not low_memory:
             losses = losses_of(maps_of(variants))
             gradient, = torch.autograd.grad(losses.sum() * scale, z)
@@ -365,14 +383,19 @@ def predict(unet: UNet, latents: Tensor, timestep: int, plan: Plan, rows: Sequen
 
     options: what else UNet.forward takes; with stop_after_maps there is no noise and the first part is empty.
     """
-    if plan.loras is not None and plan.loras != unet.attached:      # another plan was made since
-        lora_module.attach(unet, plan.loras)
+    attach_loras(unet, plan)
     # a tensor, for torch.compile would compile every number anew
     noise, probs = unet(latents.repeat_interleave(len(rows), dim=0), torch.tensor(timestep),
                         *plan.rows(rows, len(latents)), layers, **options)
     apart = (len(latents), len(rows))
     noise = latents.new_empty(0) if noise is None else noise.unflatten(0, apart)
     return noise, [probs[name].unflatten(0, apart) for name in layers]
+
+
+def attach_loras(unet: UNet, plan: Plan) -> None:
+    """The plan's LoRAs, if others are attached: another plan was made since."""
+    if plan.loras is not None and plan.loras != unet.attached:
+        lora_module.attach(unet, plan.loras)
 
 
 def read_maps(probs: Sequence[Tensor], size: Sequence[int], variants: int, maps_from: str) -> Tensor:
@@ -394,14 +417,20 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
 
     Each picture has its own loss and masks, and where the sampler adds noise its own generator of the list: a batch gives
     what its pictures give alone, and `low_memory`, one variant after the other, gives the same result, both to rounding.
-    To change the method: `loss` and `make_masks` take what info_nce_loss and variant_masks take and return such tensors, a
-    sampler is a Scheduler under a name of its own in SCHEDULERS, and a step's latents may be changed in place: the next
-    step starts from them (examples/). PNDM's second step alone starts again where its first did, as in diffusers.
-    ValueError: steps that the scheduler cannot do, latents that became NaN (the step is named).
+    To change the method: `loss` and `make_masks` take what info_nce_loss and variant_masks take and return such tensors (no
+    pixel without a variant), a sampler is a Scheduler under a name of its own in SCHEDULERS, and a step's latents may be
+    changed in place: the next step starts from them (examples/). PNDM's second step alone starts again where its first did,
+    as in diffusers. A model serves one thread at a time, and the plan is read once, at the start.
+    ValueError: steps that the scheduler cannot do, latents that became NaN (the step is named), masks of another shape.
     """
     scheduler = make_scheduler(model.scheduler_config, recipe.steps, recipe.scheduler, eta=recipe.eta)
     unet, variants = model.unet, len(plan.prompts)
     layers = unet.map_layers(model.map_level) if plan.concepts else ()
+    shared = recipe.uncond_from == "base"
+    if shared and variants > 1 and not plan.concepts:
+        raise ValueError("--uncond-from base is for --method clora: this plan has no variant without LoRAs")
+    attach_loras(unet, plan)
+    plan = replace(plan, keys=unet.text_keys(plan.context, plan.adapters))          # the same at every step
     history: tuple = ()
     finite: list[Tensor] = []
     z = latents * scheduler.init_noise_sigma
@@ -413,6 +442,7 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
         # move the latent so that the concepts part (section 3.2)
         losses: list[Tensor] = []
         updates: list[Tensor] = []
+        moved: list[Tensor] = []
         before = z
         repeats = recipe.refine_steps if i in recipe.refine_at else 0
         due = i <= recipe.update_until and (repeats or i % recipe.update_every == 0)
@@ -421,18 +451,18 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
             for n in range(1 + repeats):
                 value, gradient = contrast(unet, z, t, plan, layers, recipe, low_memory, loss)
                 if recipe.refine_stop and n:
-                    moving = moving & (losses[-1] - value > recipe.refine_stop * losses[-1]).view(-1, 1, 1, 1)
+                    moving = moving & (losses[-1] - value > recipe.refine_stop * losses[-1].abs()).view(-1, 1, 1, 1)
                     if not moving.any():
                         break
                 before = torch.where(moving, z, before)
                 z = torch.where(moving, update_latents(z, gradient, recipe.alpha), z)
                 losses.append(value)
                 updates.append(z)
+                moved.append(moving.flatten())
 
         # one batch predicts the noise of all variants, both guidance halves
         at = z if recipe.noise_from == "after" else before
         turns = [i // recipe.switch_every % variants] if plan.in_turn else [*range(variants)]
-        shared = recipe.uncond_from == "base"
         rows = [*(turns[:1] if shared else turns), *(row + variants for row in turns)]
         reading = layers if maps is None or i % recipe.mask_every == 0 or i == recipe.mask_from else ()
         with torch.inference_mode():
@@ -451,13 +481,16 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
                 active = active & (change_of(last, maps, plan) >= recipe.update_stop).view(-1, 1, 1, 1)
             if i >= recipe.mask_from:
                 masks = torch.stack([make_masks(one, plan.words, z.shape[2:], recipe) for one in maps])
+                if masks.shape != (len(z), variants, *z.shape[2:]):
+                    raise ValueError(f"make_masks gave masks of shape {list(masks.shape[1:])}, and {variants} variants "
+                                     f"need {[variants, *z.shape[2:]]}, the base variant's first")
         noise = guide(uncond[:, 0] if shared else blend(uncond, masks), blend(cond, masks), recipe)
         x0 = scheduler.predict_x0(noise, i, z)
         z, history = scheduler.step(noise, i, z, history, generator)
         finite.append(torch.isfinite(z).all())
         if z.device.type == "cpu":                      # a GPU would have to end what it does to answer: it is asked last
             expect_finite(finite)
-        yield Step(i, t, z, x0, noise, maps, masks if plan.concepts else None, losses, updates)
+        yield Step(i, t, z, x0, noise, maps, masks if plan.concepts else None, losses, updates, moved)
     expect_finite(finite)
 
 

@@ -36,6 +36,7 @@ import clora
 import report
 from cli import DTYPES, TOY, Parser, changed, check_device, from_repository, is_embedded, settings_of, whole_numbers
 from clora import RECIPES, Recipe, Subject
+from text import swap_words
 from weights import find_lora, load_model, split_weight
 from weights.lora import printable
 from weights.toy import renderer
@@ -177,6 +178,9 @@ def read_sets(path: Path) -> list[dict]:
         for folder in folders:
             if not isinstance(folder, str) or not pictures_in(folder):
                 raise ValueError(f"{path}: set {number}: there are no pictures in the references {folder}")
+            if folder not in there:
+                read_pictures(folder)
+                there.add(folder)
     return sets
 
 
@@ -200,9 +204,12 @@ class Scorer:
             self.dino = self.clip if dino == clip else AutoModel.from_pretrained(dino).float().to(device).eval()
             self.tokenizer = CLIPTokenizer.from_pretrained(clip)
             self.processors = [AutoImageProcessor.from_pretrained(name, use_fast=False) for name in (dino, clip)]
-        except (OSError, ValueError) as error:
-            raise ValueError(f"the scoring models cannot be loaded ({dino}, {clip}): {error}") from None
-        self.references: dict[str, torch.Tensor] = {}
+            self.references: dict[str, torch.Tensor] = {}
+            blank = np.zeros((64, 64, 3), np.uint8)
+            self.score(blank, "", [("", lambda: [blank])])          # a model of another kind is found out now
+            self.references.clear()
+        except Exception as error:                      # SafetensorError, and whatever a stranger's model raises
+            raise ValueError(f"the scoring models cannot be used ({dino}, {clip}): {error}") from None
 
     def _pixels(self, pictures: list[np.ndarray], processor) -> torch.Tensor:
         """uint8 [H, W, 3] each -> [B, 3, S, S], as the model's own settings say."""
@@ -238,7 +245,14 @@ def pictures_in(folder: str | Path) -> list[Path]:
 
 
 def read_pictures(folder: str) -> list[np.ndarray]:
-    return [np.asarray(Image.open(path).convert("RGB")) for path in pictures_in(folder)]
+    """uint8 [H, W, 3] each. ValueError names a file that is no picture."""
+    pictures = []
+    for path in pictures_in(folder):
+        try:
+            pictures.append(np.asarray(Image.open(path).convert("RGB")))
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path} cannot be read as a picture ({error})") from None
+    return pictures
 
 
 def lesson_pictures(name: str) -> list[np.ndarray]:
@@ -246,11 +260,14 @@ def lesson_pictures(name: str) -> list[np.ndarray]:
 
 
 def references_of(one: dict) -> list[tuple[str, Callable[[], list[np.ndarray]]]]:
-    """(name, pictures) for each LoRA of a set: its "references" (folders), or the lessons of the embedded LoRAs."""
+    """(name, pictures) for each LoRA of a set: its "references" (folders), or the lessons where all are embedded LoRAs."""
     if "references" in one:
         return [(folder, functools.partial(read_pictures, folder)) for folder in one["references"]]
-    names = [Path(file).stem for file, _ in one["loras"] if Path(file).parent.resolve() == (TOY / "loras").resolve()]
-    return [(name, functools.partial(lesson_pictures, name)) for name in names]
+    paths = [Path(split_weight(file)[0]) for file, _ in one["loras"]]
+    known = {instance.name for instance in renderer.INSTANCES}
+    if not all(path.parent.resolve() == (TOY / "loras").resolve() and path.stem in known for path in paths):
+        return []                                   # of some of the LoRAs alone a minimum would mean something else
+    return [(path.stem, functools.partial(lesson_pictures, path.stem)) for path in paths]
 
 
 # --- one image --------------------------------------------------------------------------------------------------------
@@ -313,14 +330,22 @@ class Maker:
                                   low_memory=self.args.low_memory, compile=False)
         return settings_of(args, recipe, self.model, self.subjects(one), self.style(one), seed, (self.size, self.size))
 
-    def hashes(self, sets: Sequence[dict]) -> list[str]:
-        """Of every LoRA that the sets name."""
-        def hash_of(name: str) -> str:
+    def check(self, sets: Sequence[dict]) -> None:
+        """Reads every LoRA and finds every word before the first image. ValueError names the set that cannot be drawn."""
+        for number, one in enumerate(sets):
             try:
-                return self.lora(name).sha256           # with PEFT's settings beside it
-            except ValueError:                          # its images will say why
-                return hashlib.sha256(find_lora(name).read_bytes()).hexdigest()
-        return [hash_of(name) for name in sorted({split_weight(file)[0] for one in sets for file in files_of(one)})]
+                self.style(one)
+                for subject in (subjects := self.subjects(one)):
+                    if not subject.word:
+                        raise ValueError('a LoRA names no subject; write it as "cat=sks cat"')
+                    self.model.text.find(one["prompt"], subject.word)
+                swap_words(one["prompt"], {subject.word: subject.trigger for subject in subjects})
+            except ValueError as error:
+                raise ValueError(f"set {number}: {error}") from None
+
+    def hashes(self, sets: Sequence[dict]) -> list[str]:
+        """Of every LoRA that the sets name, with PEFT's settings beside it."""
+        return [self.lora(name).sha256 for name in sorted({split_weight(file)[0] for one in sets for file in files_of(one)})]
 
     def attempt(self, one: dict, method: str, recipe: Recipe, seeds: Sequence[int]) -> list[tuple[np.ndarray | None, dict]]:
         """`make`; if that fails every seed alone, so that one does not take the others with it; then the reason."""
@@ -363,11 +388,21 @@ def digest(value) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
+def references_digest(sets: Sequence[dict]) -> str | None:
+    """Of the pictures that the sets name as references; None where they name none."""
+    folders = sorted({folder for one in sets for folder in one.get("references", [])})
+    files = [hashlib.sha256(path.read_bytes()).hexdigest() for folder in folders for path in pictures_in(folder)]
+    return digest(files) if files else None
+
+
 def recipe_of(column: str, settings: dict, changes: dict) -> Recipe:
     """The named recipe, the model's own settings, the command's, and what makes the column what it is."""
-    _, name, own = METHODS[column]
+    method, name, own = METHODS[column]
     recipe = changed(changed(RECIPES[name], settings.get("recipe", {}), "clora.json"), changes, "--set")
-    return changed(recipe, own, column)
+    recipe = changed(recipe, own, column)
+    if recipe.uncond_from == "base" and method not in ("clora", "base"):
+        raise ValueError(f"uncond_from base is not for {column}, which has no variant without LoRAs")
+    return recipe
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -482,8 +517,9 @@ def table(lines: list[dict], columns: list[str]) -> str:
     def written(form: str, values: list[float], groups: list[int]) -> str:
         if not values:
             return ""
-        mean, low, high = (form.format(x) for x in bootstrap(np.array(values, float), np.array(groups)))
-        return f"{mean} ({low} to {high})"
+        figures = bootstrap(np.array(values, float), np.array(groups))
+        mean, low, high = (form.format(x) for x in figures)
+        return mean if figures[1] == figures[2] else f"{mean} ({low} to {high})"        # nothing differs: no interval
     for column in columns:
         done = list(by[column].values())
         if not done:
@@ -568,7 +604,10 @@ def evaluate(args: argparse.Namespace) -> int:
         raise ValueError("--methods and --seeds must name at least one each")
     if args.model and not is_embedded(args.model) and not args.sets:
         raise ValueError(f"--model {args.model} needs prompts and LoRAs of its own: --sets FILE.json")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    except ValueError:
+        raise ValueError("RANK and WORLD_SIZE must be whole numbers where they are set, as torchrun does") from None
     if not 0 <= rank < world:
         raise ValueError(f"RANK is {rank} and WORLD_SIZE {world}; a rank must be between 0 and the size less 1")
     if args.device == "cuda":
@@ -586,14 +625,23 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.style:
         if not find_lora(split_weight(args.style)[0]).is_file():
             raise ValueError(f"--style {args.style}: there is no such file")
+        if own := [number for number, one in enumerate(sets) if "style" in one]:
+            raise ValueError(f"set {own[0]} of {args.sets} has a style of its own; leave out --style")
         name = Path(split_weight(args.style)[0]).stem           # the embedded styles have triggers too
         words = f", {name} style" if not args.sets and name in renderer.STYLES else ""
         sets = [{**one, "prompt": one["prompt"] + words, "style": args.style} for one in sets]
+    for flags, given, beside in (("--split, --prompts and --subjects are", args.sets and
+                                  (args.split, args.prompts, args.subjects) != ("test", 6, 2), "--sets has its own prompts"),
+                                 ("--dino and --clip are", args.no_scores and (args.dino or args.clip), "--no-scores")):
+        if given:
+            print(f"evaluate: warning: {flags} without effect: {beside}", file=sys.stderr)
+    maker = Maker(args)
+    maker.check(sets)
     folder = Path(args.out)
     for place in (folder / "images", *([Path(args.curve).parent] if args.curve else [])):
         place.mkdir(parents=True, exist_ok=True)
     with only_writer(folder / f"results-{rank}.jsonl"):
-        return sweep(args, columns, changes, sets, rank, world, folder)
+        return sweep(args, maker, columns, changes, sets, rank, world, folder)
 
 
 def rank_of(n: int, columns: int, world: int) -> int:
@@ -601,17 +649,17 @@ def rank_of(n: int, columns: int, world: int) -> int:
     return (n // columns + n % columns) % world
 
 
-def sweep(args: argparse.Namespace, columns: list[str], changes: dict, sets: list[dict], rank: int, world: int,
+def sweep(args: argparse.Namespace, maker: Maker, columns: list[str], changes: dict, sets: list[dict], rank: int, world: int,
           folder: Path) -> int:
     """Makes what is missing of this process' share, then the table of all there is (rank 0)."""
     start = time.time()
-    maker = Maker(args)
     recipes = {column: recipe_of(column, maker.model.settings, changes) for column in columns}
     # what every line of a results file must have been made with
     named = [{**one, "loras": [[from_repository(file), words] for file, words in one["loras"]],
               **({"style": from_repository(one["style"])} if "style" in one else {})} for one in sets]
     common = {"model": maker.model.hash(), "sets": digest(named), "loras": digest(maker.hashes(sets)), "changes": changes,
-              "dtype": str(DTYPES[args.dtype]).removeprefix("torch."), "batch": args.batch, "scores": maker.scores}
+              "dtype": str(DTYPES[args.dtype]).removeprefix("torch."), "batch": args.batch, "scores": maker.scores,
+              "references": None if args.no_scores else references_digest(sets)}
     stamps = {column: {**common, "recipe": digest(dataclasses.asdict(recipe))} for column, recipe in recipes.items()}
     files = [sorted(file for file, _ in one["loras"]) for one in sets]
     groups = [files.index(some) for some in files]

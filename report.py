@@ -127,10 +127,11 @@ def heat(values: np.ndarray) -> np.ndarray:
 
 
 def panel(result: np.ndarray, merged: np.ndarray, step: Step, words: Sequence[tuple[int, ...]],
-          names: Sequence[str], side: int = 256) -> np.ndarray:
+          names: Sequence[str], masked: bool = True, side: int = 256) -> np.ndarray:
     """One picture that explains a run: per subject its map and mask at `step`, then the result beside plain merging.
 
-    result, merged: uint8 [H, W, 3]; words: per subject, its trigger's tokens. -> uint8 [side + label, ..., 3].
+    result, merged: uint8 [H, W, 3]; words: per subject, its trigger's tokens; masked: whether the step has masks yet.
+    -> uint8 [side + label, ..., 3].
     """
     assert step.maps is not None and step.masks is not None
     tiles, labels = [], []
@@ -143,7 +144,7 @@ def panel(result: np.ndarray, merged: np.ndarray, step: Step, words: Sequence[tu
         colour = np.array(COLOURS[k % len(COLOURS)])
         grey = picture.mean(-1, keepdims=True) * 0.6 + 80
         tiles.append(np.where(mask, 0.55 * picture + 0.45 * colour, grey).astype(np.uint8))
-        labels.append(f"its mask: {mask.mean():.0%}")
+        labels.append(f"its mask: {mask.mean():.0%}" if masked else "no masks at this step")
     tiles += [picture, _tile(merged, side, smooth=True)]
     labels += ["CLoRA", "plain merging, same seed"]
     gap, strip = 8, 26

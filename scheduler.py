@@ -104,8 +104,8 @@ class Scheduler:
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
         """z_t of clean latents [B, C, h, w] at timesteps t, an int or [B]."""
-        a = torch.tensor(self.alphas, device=latents.device)[t].to(latents.dtype).reshape(-1, 1, 1, 1)
-        return a.sqrt() * latents + (1 - a).sqrt() * noise
+        a = torch.tensor(self.alphas, device=latents.device)[t].reshape(-1, 1, 1, 1)    # float32: 1 - a is small at first
+        return a.sqrt().to(latents.dtype) * latents + (1 - a).sqrt().to(latents.dtype) * noise
 
 
 def _alphas_cumprod(config: dict, count: int) -> list[float]:
@@ -127,6 +127,8 @@ def _alphas_cumprod(config: dict, count: int) -> list[float]:
 
 def fresh_noise(like: Tensor, generator: Generators) -> Tensor:
     """[B, C, h, w] drawn where the generator lives, as diffusers does, so that a seed means one picture on every device."""
+    if isinstance(generator, Sequence) and len(generator) != len(like):
+        raise ValueError(f"{len(generator)} generators are given for {len(like)} rows; give one for each")
     parts = zip(like.split(1), generator) if isinstance(generator, Sequence) else [(like, generator)]
     return torch.cat([torch.randn(rows.shape, generator=one, device=like.device if one is None else one.device,
                                   dtype=like.dtype).to(like.device, non_blocking=True) for rows, one in parts])

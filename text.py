@@ -48,17 +48,15 @@ class TextEncoder:
     def positions(self, prompt: str, phrase: str) -> list[tuple[int, ...]]:
         """Token positions of every occurrence of a word or phrase in a prompt; [] if there is none.
 
-        Whole words only, whatever their case: CLIP's vocabulary marks the end of a word, so the ids of the phrase
-        occur in the ids of the prompt where the same words stand. Positions beyond the 77th token are given too.
+        Whole words only, whatever their case. Positions beyond the 77th token are given too.
         """
         wanted, ids = self._ids(phrase), self._ids(prompt)
-        if not wanted:
-            return []
-        # A BPE token may end where a longer word goes on ("cat" in "wildcat" can be a token of its own): an
-        # occurrence begins a word if the token before it ends one.
-        ends = [token.endswith("</w>") for token in self.tokenizer.convert_ids_to_tokens(ids)]
-        return [tuple(range(n + 1, n + 1 + len(wanted))) for n in range(len(ids) - len(wanted) + 1)
-                if ids[n:n + len(wanted)] == wanted and (n == 0 or ends[n - 1])]
+        # The text says what a whole word is: CLIP cuts "mk12" into mk, 1 and 2, and "cat" in "wildcat" can be a token of its
+        # own. No token goes beyond the end of a word, so those of what stands before an occurrence are counted alone.
+        prompt = unicodedata.normalize("NFC", prompt)
+        starts = [len(self._ids(prompt[:match.start()])) for match in re.finditer(
+            rf"(?<!\w){_spelled(unicodedata.normalize('NFC', phrase))}(?!\w)", prompt, re.IGNORECASE)] if wanted else []
+        return [tuple(range(n + 1, n + 1 + len(wanted))) for n in starts if ids[n:n + len(wanted)] == wanted]
 
     def find(self, prompt: str, phrase: str) -> tuple[int, ...]:
         """Token positions of a phrase that occurs exactly once among the tokens that CLIP reads.
@@ -66,6 +64,8 @@ class TextEncoder:
         ValueError: it does not occur, it occurs more than once, or it was cut off.
         """
         found = self.positions(prompt, phrase)
+        if not found and phrase and phrase.lower() in prompt.lower():
+            raise ValueError(f'"{phrase}" is no word of its own in the prompt "{prompt}"; write spaces around it')
         if not found:
             raise ValueError(f'"{phrase}" is not in the prompt "{prompt}"; name the subject as the prompt does')
         if len(found) > 1:
@@ -83,6 +83,11 @@ class TextEncoder:
         return self.tokenizer.decode(self._ids(prompt)[self.length - 2:]).strip()
 
 
+def _spelled(phrase: str) -> str:
+    """A pattern of the phrase with any spaces within it."""
+    return r"\s+".join(map(re.escape, phrase.split()))
+
+
 def swap_words(prompt: str, replacements: Mapping[str, str]) -> str:
     """The prompt with every word replaced, all at once: whole words, whatever their case and the spaces within them.
 
@@ -91,7 +96,7 @@ def swap_words(prompt: str, replacements: Mapping[str, str]) -> str:
     prompt = unicodedata.normalize("NFC", prompt)                   # as CLIP's tokenizer does
     replacements = {unicodedata.normalize("NFC", word): replacement for word, replacement in replacements.items()}
     words = sorted(replacements, key=len, reverse=True)
-    pattern = "|".join("(" + r"\s+".join(map(re.escape, word.split())) + ")" for word in words)
+    pattern = "|".join(f"({_spelled(word)})" for word in words)
     found = set[str]()
 
     def swap(match: re.Match) -> str:

@@ -51,6 +51,7 @@ class Peer:
             else:
                 self.unet.enable_lora()
                 self.unet.set_adapters(self.adapters[v - 1])
+                self.unet.requires_grad_(False)         # set_adapters turns it on again, which would keep more memory
             self.store.clear()
             noises.append(self.unet(torch.cat([latents, latents]), t, context[[v, v + count]]).sample)
             maps.append(torch.stack([probs[1].mean(0) for probs in self.store]).mean(0).unflatten(0, self.map_size))

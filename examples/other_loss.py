@@ -23,7 +23,8 @@ TOY = Path(__file__).parents[1] / "weights/toy"
 def overlap_loss(groups: Sequence[Tensor], temperature: float) -> Tensor:
     """Mean over pairs of concepts of the share that their mean maps have in common: 0 apart, 1 in the same place."""
     shares = [(maps / maps.sum((-2, -1), keepdim=True)).mean(dim=0) for maps in groups]     # [m, n], sum 1 each
-    return torch.stack([torch.minimum(a, b).sum() for a, b in combinations(shares, 2)]).mean()
+    common = [torch.minimum(a, b).sum() for a, b in combinations(shares, 2)]
+    return sum(common, 0 * shares[0].sum()) / max(1, len(common))                   # one concept alone: 0
 
 
 def main(steps: int = 50, out: str = "out/other-loss.png") -> list[Step]:

@@ -1,10 +1,11 @@
-"""Masks from a picture instead of from the attention: red is where the first LoRA draws, blue the second, the rest neither.
+"""Masks from a picture instead of from the attention: red is where the first LoRA draws, blue the second, violet both.
 
     python -m examples.own_masks [masks.png]    from the repository's folder; writes out/own-masks.png
 
-The noise predictions are blended under these masks from the first step on, and the latent is not updated: the attention
-has no say in who draws where. Masks put nothing anywhere: a ball that the noise wants on the right stays there, and is
-no LoRA's or the other's. So this one has a seed that fits its masks.
+Pixels of any other colour, white and clear ones too, are the base model's. The noise predictions are blended under these
+masks from the first step on, and the latent is not updated: the attention has no say in who draws where. Masks put nothing
+anywhere: a ball that the noise wants on the right stays there, and is no LoRA's or the other's. So this one has a seed that
+fits its masks.
 """
 
 import sys
@@ -26,8 +27,9 @@ MASKS = Path(__file__).parent / "masks.png"
 def read_masks(path: str | Path, height: int, width: int) -> Tensor:
     """Picture -> float [3, height, width] of 0 and 1: the base model's part, the red part, the blue part."""
     with Image.open(path) as image:
-        pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST))
-    red, blue = pixels[..., 0] > 127, pixels[..., 2] > 127
+        pixels = np.asarray(image.convert("RGBA").resize((width, height), Image.Resampling.NEAREST)) > 127
+    red, green, blue, opaque = np.moveaxis(pixels, -1, 0)                           # [height, width] each
+    red, blue = (colour & ~green & opaque for colour in (red, blue))
     return torch.from_numpy(np.stack([~(red | blue), red, blue])).float()
 
 

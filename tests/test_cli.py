@@ -246,17 +246,64 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, word, tmp_path, capsys
 
 @pytest.mark.parametrize("arguments, word", [
     (["--scheduler", "dpm++", "--eta", "1"], "--eta is for --scheduler ddim"), (["--eta", "1"], ""),
-    (["--method", "base", "--style", STYLE], "without --style too"), (["--style", STYLE], ""),
-    (["--refine-at", "0,2,3", "--update-until", "1"], "--refine-at 2,3 comes after"), (["--update-until", "1"], ""),
+    (["--method", "base", "--style", STYLE], "--lora, --style is for other methods"), (["--style", STYLE], ""),
+    (["--refine-at", "0,1,2", "--update-until", "0"], "--refine-at 1,2 comes after"), (["--update-until", "1"], ""),
+    (["--refine-at", "0,7", "--update-until", "9"], "--refine-at 7 comes after the last update, which is of step 2"),
+    (["--update-until", "-1"], ""), (["--update-until", "-1", "--alpha", "2"], "--alpha is for latent updates"),
+    (["--switch-every", "2"], "--switch-every is for --method switch"), (["--switch-every", "2", "--method", "switch"], ""),
+    (["--method", "merge", "--dilate", "--alpha", "3", "--maps-from", "both"], "--alpha, --dilate, --maps-from is for"),
+    (["--method", "merge", "--recipe", "release"], ""), (["--mask-from", "9"], ""),
+    (["--mask-from", "9", "--no-dilate"], "--dilate is for masks, which begin at step 9"),
     (["--prompt", "a sks cat and a dog"], 'says "sks cat" already'),
-    (["--prompt", "a sks cat and a dog", "--method", "base"], "")])
+    (["--prompt", "a sks cat and a dog", "--method", "base"], "--lora is for other methods"),
+    (["--prompt", "a (cat:1.3) and a dog"], '"(cat:1.3)" is read as plain words'),
+    (["--negative", "bad <lora:x:1>"], '"<lora:x:1>" is read'), (["--negative", "at 8:30 (late)"], "")])
 def test_flags_that_change_nothing_are_named(arguments, word, tmp_path, capsys):
     capsys.readouterr()
-    assert run(*TWO, *arguments, "--quiet", out=tmp_path) == 0
+    small = SMALL[:SMALL.index("--refine-at")]
+    assert cli.main([*small, *TWO, *arguments, "--quiet", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == bool(word) and all(line.startswith("clora: warning: ") and word in line for line in lines)
-    assert run("--lora", CAT, "a cat=cat", "--method", "merge", "--quiet", out=tmp_path) == 0
-    assert not capsys.readouterr().err              # a trigger within its word: nothing is said twice
+    assert len(lines) == bool(word) and all(line.startswith("clora: warning: ") and word in line for line in lines), lines
+
+
+def test_updates_of_one_lora_are_named(tmp_path, capsys):
+    capsys.readouterr()
+    assert cli.main([*SMALL, "--lora", CAT, "a cat=cat", "--out", str(tmp_path)]) == 0
+    line, = capsys.readouterr().err.splitlines()
+    assert "--refine-at, --refine-steps is for two LoRAs" in line       # and of a trigger within its word nothing
+
+
+def test_what_an_earlier_run_left_beside_a_picture_is_named(tmp_path, capsys):
+    assert run(*TWO, "--panel", "--report", out=tmp_path) == 0 and not capsys.readouterr().err
+    assert run(*TWO, "--alpha", "3", out=tmp_path) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [Path(line.split()[2]).name for line in lines] == ["clora-0-panel.png", "clora-0.html"]
+
+
+def test_bad_input_makes_no_folder(tmp_path, capsys):
+    for arguments in (["--threshold", "3"], ["--model", "nowhere.safetensors"], ["--prompt", "a fox"]):
+        refused(capsys, tmp_path / "new/deep", *TWO, *arguments)
+    assert not (tmp_path / "new").exists()
+    assert run(*TWO, "--trace", str(tmp_path / "new/deep/t.safetensors"), out=tmp_path / "new/deep") == 0
+    assert len(list((tmp_path / "new/deep").iterdir())) == 2
+
+
+def test_files_with_unusual_names(tmp_path, monkeypatch, capsys):
+    """A weight behind the name of a file that has one in its name; a name that looks like a flag."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(CAT, "cat:2")
+    shutil.copy(DOG, "-dog.safetensors")
+    assert run("--lora", "cat:2:0.5", "cat=sks cat", "--style=-dog.safetensors", out=tmp_path / "a") == 0
+    assert run("--lora", CAT + ":0.5", "cat=sks cat", "--style", DOG, out=tmp_path / "b") == 0
+    assert np.array_equal(pixels(tmp_path / "a/clora-0.png"), pixels(tmp_path / "b/clora-0.png"))
+    assert run("--lora", "cat:2", "cat=sks cat", out=tmp_path / "c") == 0
+    assert run("--lora", CAT, "cat=sks cat", out=tmp_path / "d") == 0
+    assert np.array_equal(pixels(tmp_path / "c/clora-0.png"), pixels(tmp_path / "d/clora-0.png"))
+    capsys.readouterr()
+    assert cli.main(["--from", "a/clora-0.png", "--out", "e", "--quiet"]) == 0
+    assert (tmp_path / "a/clora-0.png").read_bytes() == (tmp_path / "e/clora-0.png").read_bytes()
+    monkeypatch.setattr(cli, "REPOSITORY", tmp_path)
+    assert cli.from_repository("./-dog.safetensors") == "./-dog.safetensors"
 
 
 @pytest.mark.parametrize("name", ["mask_from", "update_until"])

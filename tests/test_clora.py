@@ -352,6 +352,8 @@ def test_a_loss_and_masks_of_ones_own(low_memory):
     moved, further = once.updates[0] - noise, twice.updates[0] - noise
     assert moved.norm() > 1e-6 and torch.allclose(further, 2 * moved, rtol=1e-6)
     assert torch.equal(once.masks[0], everything_to[0]) and not torch.allclose(once.noise, other.noise)
+    with pytest.raises(ValueError, match=r"\[2, 6, 8\], and 3 variants need \[3, 6, 8\]"):
+        list(clora.compose(model, plan, recipe, noise, None, low_memory, make_masks=lambda *_: torch.ones(2, 6, 8)))
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm++"])
@@ -447,6 +449,14 @@ def test_repeats_end_when_the_loss_stops_falling():
     first = next(n for n, gain in enumerate(gains) if gain <= stop)
     assert len(free) == 31 and losses(stop) == free[:first + 1] and 0 < first < 29
 
+    def below(groups: list[Tensor], temperature: float) -> Tensor:          # a loss of one's own may be negative
+        return clora.info_nce_loss(groups, temperature) - 100
+    recipe = Recipe(steps=1, refine_at=(0,), refine_steps=3, refine_stop=1e-9, alpha=2000)
+    (step,) = clora.compose(model, plan, recipe, noise, loss=below)
+    assert len(step.losses) == 4 and step.losses[-1] < step.losses[0] < 0
+    (step,) = clora.compose(model, plan, dataclasses.replace(recipe, refine_stop=0.5), noise, loss=below)
+    assert len(step.losses) == 1
+
 
 def test_updates_end_when_the_maps_stand_still():
     """Per picture: the first step that changes the concepts' maps by less than the share is the last with an update."""
@@ -465,6 +475,11 @@ def test_updates_end_when_the_maps_stand_still():
     assert sorted(last) == [1, 2]                                   # the pictures end apart, or this shows too little
     stopped = steps(stop)
     assert [len(step.losses) for step in stopped] == [1 if i <= max(last) else 0 for i in range(6)]
+    for b in range(2):                                              # a picture's own updates, though the batch had more
+        assert [len(step.picture(b).losses) for step in stopped] == [1 if i <= last[b] else 0 for i in range(6)]
+        assert torch.equal(stopped[0].picture(b).updates[0], stopped[0].updates[0][b:b + 1])
+    assert torch.equal(stopped[0].picture(-1).latents, stopped[0].latents[1:])
+    pytest.raises(IndexError, stopped[0].picture, 2)
     for b in range(2):
         for step, other in zip(stopped[:last[b] + 1], free):
             assert torch.equal(step.latents[b], other.latents[b])
@@ -517,7 +532,6 @@ def test_steps_run_on_another_device_and_never_wait_for_it(low_memory, changes):
     model.unet.half().to("meta")
     lora.attach(model.unet, [LoRA(Path("a"), "a", "", "", (2,), layers, {}, {})])
     plan = dataclasses.replace(plan, context=plan.context.half().to("meta"), adapters=plan.adapters.half().to("meta"))
-    plan = dataclasses.replace(plan, keys=model.unet.text_keys(plan.context, plan.adapters))
     recipe = Recipe(steps=3, refine_at=(1,), refine_steps=1, **changes)
     noise = torch.empty(2, 4, 6, 8, dtype=torch.half, device="meta")
     steps = clora.compose(model, plan, recipe, noise, [torch.Generator(), torch.Generator()], low_memory)
@@ -528,6 +542,44 @@ def test_steps_run_on_another_device_and_never_wait_for_it(low_memory, changes):
         assert step.latents.shape == noise.shape and step.latents.dtype == torch.half and step.masks.shape == (2, 3, 6, 8)
     with pytest.raises(RuntimeError, match="meta"):         # only after the last one: were the latents finite?
         next(steps)
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_inference_mode_around_it_changes_nothing(low_memory):
+    model, plan = tiny_model()
+    recipe, noise = Recipe(steps=2, refine_at=()), torch.randn(1, 4, 6, 8, dtype=torch.float64)
+    outside = list(clora.compose(model, plan, recipe, noise, None, low_memory))[-1].latents
+    with torch.inference_mode():
+        inside = list(clora.compose(model, plan, recipe, noise.clone(), None, low_memory))[-1].latents
+    assert torch.equal(outside, inside)
+
+
+def test_a_plan_may_be_changed():
+    """What is replaced counts, and nothing made from the old context or strengths is left."""
+    model, plan = tiny_model()
+    recipe, noise = Recipe(steps=1, update_until=-1), torch.randn(1, 4, 6, 8, dtype=torch.float64)
+    plan = dataclasses.replace(plan, keys=model.unet.text_keys(plan.context, plan.adapters))
+
+    def latents(**changes) -> Tensor:
+        return list(clora.compose(model, dataclasses.replace(plan, **changes), recipe, noise))[-1].latents
+    other = plan.context.flip(0)
+    assert (latents(context=other) - latents()).norm() > 1e-3
+    assert torch.equal(latents(context=other, keys=None), latents(context=other))
+
+
+@pytest.mark.parametrize("changes, word", [
+    ({"noise_from": "befor"}, "noise_from is 'befor'; choose from after, before"), ({"uncond_from": "Base"}, "each, base"),
+    ({"maps_from": ""}, "maps_from"), ({"uncond_from": "base", "maps_from": "both"}, "choose one of the two")])
+def test_a_recipe_has_no_choice_that_is_none(changes, word):
+    with pytest.raises(ValueError, match=word):
+        Recipe(**changes)
+
+
+def test_the_base_variant_is_asked_for_where_there_is_none():
+    model, plan = tiny_model()
+    plan = dataclasses.replace(plan, concepts=(), words=())                 # composite
+    with pytest.raises(ValueError, match="no variant without LoRAs"):
+        next(clora.compose(model, plan, Recipe(steps=1, uncond_from="base"), torch.randn(1, 4, 6, 8, dtype=torch.float64)))
 
 
 def test_half_precision_keeps_small_gradients():

@@ -24,6 +24,7 @@ def test_another_loss(tmp_path):
     left, right = torch.zeros(2, 4, 4), torch.zeros(2, 4, 4)
     left[..., :2], right[..., 2:] = 1, 1
     assert other_loss.overlap_loss([left, right], 0.5) == 0 and other_loss.overlap_loss([left, left * 3], 0.5) == 1
+    assert other_loss.overlap_loss([left], 0.5) == 0
     seen = other_loss.main(steps=2, out=str(tmp_path / "a.png"))
     losses = [loss.item() for step in seen for loss in step.losses]
     assert len(losses) == 2 and all(0 < loss < 1 for loss in losses)
@@ -60,6 +61,14 @@ def test_masks_from_a_picture(tmp_path):
     expected = torch.zeros(1, 3, 16, 16)
     expected[0, 0, :, 4:8], expected[0, 1, :, :4], expected[0, 2, :, 8:] = 1, 1, 1
     assert all(torch.equal(step.masks, expected) and not step.losses for step in seen)
+    for x, colour in enumerate([(255, 255, 255), (255, 255, 0), (255, 0, 255), (0, 0, 0)]):
+        picture.putpixel((x, 0), colour)
+    clear = picture.convert("RGBA")
+    clear.putpixel((0, 1), (255, 0, 0, 0))
+    clear.save(tmp_path / "more.png")
+    more = own_masks.read_masks(tmp_path / "more.png", 4, 8)
+    assert more[:, 0, :4].T.tolist() == [[1, 0, 0], [1, 0, 0], [0, 1, 1], [1, 0, 0]]       # white, yellow, violet, black
+    assert more[:, 1, :2].T.tolist() == [[1, 0, 0], [0, 1, 0]]                              # clear, red
     assert own_masks.read_masks(own_masks.MASKS, 16, 16).sum((1, 2)).min() > 20
 
 

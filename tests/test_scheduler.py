@@ -67,6 +67,24 @@ def test_every_row_has_its_own_noise(name):
         assert torch.equal(both[one], alone)
 
 
+def test_generators_are_one_for_every_row():
+    z, noise = pair()
+    scheduler = make_scheduler(SD15, 10, "ddim", eta=1.0)
+    for count in (1, 3):
+        with pytest.raises(ValueError, match=f"{count} generators are given for 2 rows"):
+            scheduler.step(noise, 0, z, generator=[torch.Generator() for _ in range(count)])
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 2 ** -8), (torch.float16, 2 ** -11)])
+def test_noise_is_added_in_half_precision_too(dtype, bound):
+    """sqrt(1 - a) of the first timesteps, where a rounds to 1."""
+    zero, one = torch.zeros(4, 1, 1, 1, dtype=dtype), torch.ones(4, 1, 1, 1, dtype=dtype)
+    times = torch.tensor([0, 1, 5, 20])
+    added = make_scheduler(SD15, 10, "ddim").add_noise(zero, one, times).flatten()
+    for share, t in zip(added.tolist(), times.tolist()):
+        assert share == pytest.approx(math.sqrt(1 - alpha_by_hand(t)), rel=bound)
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_the_true_noise_leads_back_to_the_picture(name):
     """If the prediction is always the noise that is in the latents, every sampler must arrive at the clean ones."""

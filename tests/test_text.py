@@ -43,9 +43,15 @@ def test_positions(text, prompt, phrase, expected):
 
 @pytest.mark.parametrize("prompt, phrase", [
     ("a category of things", "cat"), ("a wildcat", "cat"), ("cats", "cat"), ("a hotdog", "dog"),
-    ("the concatenation", "cat")])
+    ("the concatenation", "cat"), ("a cat1 and a dog", "cat"), ("a cat12", "cat1"), ("1cat", "cat"), ("a c4t5", "c4t")])
 def test_parts_of_words_are_not_words(text, prompt, phrase):
     assert text.positions(prompt, phrase) == []
+
+
+def test_words_with_digits(text):
+    """CLIP makes every digit a token of its own, so the tokens alone do not say where such a word ends."""
+    assert text.find("a cat1 and a cat12", "cat1") == (2, 3) and text.find("a cat1 and a cat12", "cat12") == (6, 7, 8)
+    assert text.positions("a cat 1", "cat1") == [] and text.find("a cat 1", "cat 1") == (2, 3)
 
 
 @pytest.mark.parametrize("prompt, phrase", [

@@ -134,20 +134,25 @@ def test_a_larger_autoencoder_begins_where_the_smaller_one_ended():
 
 @pytest.mark.parametrize("flags, word", [
     ({"steps": -1}, "--steps"), ({"decoder_only": True}, "--init"), ({"keep_latents": True}, "--init"),
-    ({"stage": "judge", "init": True}, "--init is for --stage vae"), ({"only": ["zib"]}, "--only is for --stage lora")])
+    ({"stage": "judge", "init": True}, "--init is for --stage vae"), ({"only": ["zib"]}, "--only is for --stage lora"),
+    ({"threads": 0}, "--threads"), ({"device": "quantum"}, "--device quantum cannot be used")])
 def test_training_refuses_flags_that_would_spoil_the_weights(flags, word):
     args = {"stage": "vae", "init": False, "only": None, "decoder_only": False, "keep_latents": False, "steps": None,
-            "threads": None}
+            "threads": None, "device": "cpu"}
     with pytest.raises(ValueError, match=word):
         train.main(argparse.Namespace(**(args | flags)))
 
 
 def test_a_run_is_resumed_with_its_own_flags_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "WORK", tmp_path)
-    args = {"init": False, "decoder_only": False, "keep_latents": False, "steps": 1, "resume": True}
+    args = {"init": False, "decoder_only": False, "keep_latents": False, "steps": 1, "resume": True, "fp32": False}
     layer = torch.nn.Linear(2, 1)
     run = train.Run("vae", {"layer": layer}, 1e-3, 9, argparse.Namespace(**args))
     run.backward(layer(torch.ones(1, 2)).sum())
     assert train.Run("vae", {"layer": layer}, 1e-3, 9, argparse.Namespace(**args)).step == 1
-    with pytest.raises(ValueError, match="other flags"):
-        train.Run("vae", {"layer": layer}, 1e-3, 9, argparse.Namespace(**(args | {"init": True})))
+    for other in ("init", "fp32"):
+        with pytest.raises(ValueError, match="other flags"):
+            train.Run("vae", {"layer": layer}, 1e-3, 9, argparse.Namespace(**(args | {other: True})))
+    (tmp_path / "vae.pt").write_bytes(b"PK\3\4")
+    with pytest.raises(ValueError, match="vae.pt is damaged"):
+        train.Run("vae", {"layer": layer}, 1e-3, 9, argparse.Namespace(**args))

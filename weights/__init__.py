@@ -12,6 +12,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -225,8 +226,8 @@ def _fetch(repo: str, dtype: torch.dtype) -> Path:
 
 
 def split_weight(text: str) -> tuple[str, float | None]:
-    """"cat.safetensors:0.8" -> ("cat.safetensors", 0.8); the weight is optional."""
-    match = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+))", text)
+    """"cat.safetensors:0.8" -> ("cat.safetensors", 0.8); the weight is optional. A file that has such a name is meant."""
+    match = None if os.path.lexists(text) else re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+))", text)
     if match and not abs(float(match[2])) <= 1e4:
         raise ValueError(f"{text}: the weight of a LoRA must be between -10000 and 10000")
     return (match[1], float(match[2])) if match else (text, None)

@@ -223,6 +223,8 @@ if __name__ == "__main__":
     parser.add_argument("--only", nargs="+", choices=CHECKS)
     parser.add_argument("--images", type=int, default=100, help="images per LoRA")
     args = parser.parse_args()
+    if args.images < 1:
+        parser.error(f"--images is {args.images}; it must be at least 1")
     toy = load_model(HERE)
     for name, check in CHECKS.items():
         if not args.only or name in args.only:

@@ -32,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 WORK = HERE / "work"
 sys.path.insert(0, str(HERE.parents[1]))            # so that it runs as a script from anywhere
 
+from cli import check_device
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 from weights import Model, load_model
@@ -59,9 +60,12 @@ class Run:
         self.path = WORK / f"{name}.pt"
         WORK.mkdir(exist_ok=True)
         self.flags = {"steps": self.steps, "init": args.init, "decoder_only": args.decoder_only,
-                      "keep_latents": args.keep_latents}
+                      "keep_latents": args.keep_latents, "fp32": args.fp32}
         if args.resume and self.path.exists():
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            try:
+                state = torch.load(self.path, map_location="cpu", weights_only=True)
+            except Exception as error:
+                raise ValueError(f"{self.path} is damaged ({type(error).__name__}); move it away to begin anew") from None
             if state.get("flags", self.flags) != self.flags:
                 raise ValueError(f"{self.path} is of a run with other flags ({state['flags']}); move it away to begin anew")
             self.modules.load_state_dict(state["modules"])
@@ -335,16 +339,16 @@ def map_loss(probs: dict[str, Tensor], where: Tensor, weight: Tensor) -> Tensor:
     return local + looking
 
 
-def cached_scenes(vae: VAE, device: str, count: int = SCENES) -> dict:
+def cached_scenes(vae: VAE, device: str, fp32: bool, count: int = SCENES) -> dict:
     """Latents (mean and deviation), captions and object positions of `count` training scenes, made once."""
     WORK.mkdir(exist_ok=True)
     known = hashlib.sha256(b"".join(value.cpu().numpy().tobytes() for value in vae.state_dict().values())).hexdigest()[:8]
-    path = WORK / f"scenes-{count}-{known}.pt"              # latents of another VAE are of no use
+    path = WORK / f"scenes-{count}-{known}{'-fp32' if fp32 else ''}.pt"     # latents of another VAE are of no use
     if path.exists():
         return torch.load(path, weights_only=True)
     rng = np.random.default_rng(7)
     means, deviations, where, texts = [], [], [], []
-    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=not fp32):
         for _ in range(count // 48):
             scenes = [nonsense(renderer.random_scene(rng), rng) for _ in range(48)]
             batch = [renderer.caption(scene) for scene in scenes]
@@ -354,7 +358,8 @@ def cached_scenes(vae: VAE, device: str, count: int = SCENES) -> dict:
             where.append(where_matrix(scenes, batch))
             texts += batch
     cache = {"mean": torch.cat(means), "deviation": torch.cat(deviations), "where": torch.cat(where), "texts": texts}
-    torch.save(cache, path)
+    torch.save(cache, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
     return cache
 
 
@@ -400,7 +405,7 @@ def train_unet(args: argparse.Namespace) -> None:
     else:
         text = make_text_model(tokenizer).to(args.device)
         unet = UNet(UNetConfig.from_dict(UNET_CONFIG)).to(args.device)
-    cache = cached_scenes(vae, args.device)
+    cache = cached_scenes(vae, args.device, args.fp32)
     ids = tokenizer(cache["texts"], padding="max_length", max_length=77, return_tensors="pt").input_ids      # [S, 77]
     empty = tokenizer("", padding="max_length", max_length=77, return_tensors="pt").input_ids                # [1, 77]
     run = Run("unet", {"unet": unet, "text": text}, lr=8e-4, steps=4000, args=args, ema=0.999, weight_decay=0.01)
@@ -515,7 +520,7 @@ def train_lora(args: argparse.Namespace) -> None:
     model = load_model(HERE, args.device)
     tokenizer, text, unet, vae = model.text.tokenizer, model.text.model, model.unet, model.vae
     alphas, scale = noise_schedule(args.device), vae.config.scaling_factor
-    prior = cached_scenes(vae, args.device, 1_920)
+    prior = cached_scenes(vae, args.device, args.fp32, 1_920)
 
     def ids_of(texts: list[str]) -> Tensor:
         return tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt").input_ids.to(args.device)
@@ -694,6 +699,11 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("--decoder-only and --keep-latents begin at trained weights: add --init")
     if args.steps is not None and args.steps < 1:
         raise ValueError(f"--steps is {args.steps}; it must be at least 1")
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"--threads is {args.threads}; it must be at least 1")
+    check_device(args.device)
+    if args.stage in ("unet", "lora") and not (HERE / "vae/config.json").exists():
+        raise ValueError(f"{HERE / 'vae'} is missing; run --stage vae first")
     if args.threads:
         torch.set_num_threads(args.threads)
     STAGES[args.stage](args)
