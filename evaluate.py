@@ -178,9 +178,12 @@ def read_sets(path: Path) -> list[dict]:
         for folder in folders:
             if not isinstance(folder, str) or not pictures_in(folder):
                 raise ValueError(f"{path}: set {number}: there are no pictures in the references {folder}")
-            if folder not in there:
-                read_pictures(folder)
-                there.add(folder)
+            try:
+                if folder not in there:
+                    read_pictures(folder)
+            except ValueError as error:
+                raise ValueError(f"{path}: set {number}: {error}") from None
+            there.add(folder)
     return sets
 
 

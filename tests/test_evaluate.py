@@ -114,6 +114,73 @@ def test_sets_that_are_refused(content, word, tmp_path, monkeypatch):
     assert evaluate.read_sets(Path("sets.json")) == [GOOD]
 
 
+@pytest.mark.parametrize("change, words", [
+    ({"prompt": "a fish"}, ["set 1", '"ball" is not in the prompt']),
+    ({"loras": [[LORA, "=zib ball"]]}, ["set 1", "names no subject"]),
+    ({"loras": [["broken.safetensors", "ball"]]}, ["set 1", "broken.safetensors", "damaged"]),
+    ({"style": LORA, "--style": LORA}, ["set 1", "style of its own"]),
+    ({"references": ["refs"]}, ["sets.json", "refs/a.png cannot be read as a picture"])])
+def test_sets_that_cannot_be_drawn_are_refused_before_the_first_image(change, words, here, tmp_path):
+    (tmp_path / "broken.safetensors").write_bytes(b"no weights")
+    (tmp_path / "refs").mkdir()
+    (tmp_path / "refs/a.png").write_text("no picture")
+    style = [f"--style={change.pop('--style')}"] if "--style" in change else []
+    (tmp_path / "sets.json").write_text(json.dumps([GOOD, {**GOOD, **change}]))
+    done = here("--sets", "sets.json", "--quiet", "--no-scores", "--out", "r", *style)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "r").exists(), done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_flags_that_change_nothing_are_named(here, tmp_path):
+    (tmp_path / "sets.json").write_text(json.dumps([GOOD]))
+    done = here("--sets", "sets.json", "--quiet", "--no-scores", "--methods", "base", "--seeds", "0",
+                "--set", '{"steps": 1}', "--prompts", "9", "--clip", "x")
+    lines = done.stderr.splitlines()
+    assert done.returncode == 0 and len(lines) == 2 and "--prompts" in lines[0] and "--clip" in lines[1]
+    done = here(*FAST, "--methods", "no-update,merge", "--set", '{"uncond_from": "base"}', "--out", "s")
+    assert done.returncode == 2 and "not for merge" in done.stderr
+
+
+@pytest.mark.parametrize("clip", ["other", "broken"])
+def test_scoring_models_that_cannot_score_are_refused(clip, here, tmp_path):
+    """A text model in a CLIP's place, and a CLIP whose weights are cut off."""
+    shutil.copytree(ROOT / "weights/toy/clip", tmp_path / "broken")
+    (tmp_path / "broken/model.safetensors").write_bytes((tmp_path / "broken/model.safetensors").read_bytes()[:5000])
+    shutil.copytree(ROOT / "weights/toy/text_encoder", tmp_path / "other")
+    for path in [*(ROOT / "weights/toy/tokenizer").iterdir(), ROOT / "weights/toy/clip/preprocessor_config.json"]:
+        shutil.copy(path, tmp_path / "other")
+    done = here("--seeds", "0", "--methods", "base", "--quiet", "--clip", clip, "--out", "r")
+    assert done.returncode == 2 and "scoring models cannot be used" in done.stderr and not (tmp_path / "r").exists()
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_references_that_change_are_not_mixed(here, tmp_path):
+    (tmp_path / "refs").mkdir()
+    pictures = evaluate.lesson_pictures("zib")
+    Image.fromarray(pictures[0]).save(tmp_path / "refs/a.png")
+    (tmp_path / "sets.json").write_text(json.dumps([{**GOOD, "references": ["refs"]}]))
+    once = ["--sets", "sets.json", "--methods", "base", "--set", '{"steps": 1}', "--quiet"]
+    assert here(*once, "--seeds", "0").returncode == 0
+    Image.fromarray(pictures[1]).save(tmp_path / "refs/a.png")
+    done = here(*once, "--seeds", "0-1")
+    assert done.returncode == 2 and "another references" in done.stderr
+
+
+def test_references_of_all_loras_or_of_none(tmp_path):
+    pel = LORA.replace("zib", "pel")
+    own = shutil.copy(LORA, tmp_path / "zib.safetensors")
+    for loras, names in (([[LORA + ":0.9", "ball"], [pel, "ring"]], ["zib", "pel"]),
+                         ([[str(own), "ball"], [pel, "ring"]], []), ([[LORA.replace("zib", "ink"), "ball"]], [])):
+        assert [name for name, _ in evaluate.references_of({"loras": loras})] == names
+
+
+def test_an_interval_is_of_figures_that_differ():
+    lines = [{"column": "clora", "set": number, "seed": 0, "seconds": 1.0, "success": number > 1, "leak": False,
+              "clip": 0.25} for number in range(4)]
+    _, success, leak, clip = evaluate.table(lines, ["clora"]).splitlines()[2].split(" | ")[1:5]
+    assert success.startswith("50% (") and (leak, clip) == ("0%", "0.250")
+
+
 def test_subjects_are_read_as_the_command_line_does():
     maker = SimpleNamespace(lora=lambda name: name)
     one, = evaluate.Maker.subjects(maker, {"loras": [["a.safetensors:0.5", " ball = zib ball "]]})
@@ -386,7 +453,7 @@ def test_own_sets_lora_files_that_change_and_ranks(here, tmp_path):
     assert done.returncode == 2 and "another loras" in done.stderr
     half = here(*own, "--methods", "merge,base", "--out", "half", RANK="0", WORLD_SIZE="2")
     assert half.returncode == 0 and "2 of 4 images are still to be made" in half.stderr
-    for ranks in ({"RANK": "3", "WORLD_SIZE": "2"}, {"WORLD_SIZE": "0"}):
+    for ranks in ({"RANK": "3", "WORLD_SIZE": "2"}, {"WORLD_SIZE": "0"}, {"RANK": "x"}):
         done = here(*own, **ranks)
         assert done.returncode == 2 and "RANK" in done.stderr and len(done.stderr.splitlines()) == 1
 

@@ -258,6 +258,32 @@ def test_the_slider_shows_every_step_on_a_phone(folder, tmp_path):
 
 
 @in_a_browser
+@pytest.mark.parametrize("flags, shown, unsaid", [
+    (["--style", STYLE], ["Two LoRAs and a style", "Style alone", "kept by the style alone", "style of style_peft"],
+     ["Base model “", "kept by the base"]),
+    (["--mask-from", "9", "--dilate"], ["variants averaged", "None before step 9", "claimed by several –", "then dilate."],
+     ["inside its own mask", "100 %"])])
+def test_what_the_page_says_is_so(flags, shown, unsaid, tmp_path):
+    assert cli.main([*RUN, "--report", *flags, "--out", str(tmp_path)]) == 0
+    seen = browse(tmp_path / "clora-0.html", tmp_path, """
+        return {text: document.body.innerText.replace(/\\s+/g, " "), errors,
+                labels: [...document.querySelectorAll("[aria-label]")].map(one => one.ariaLabel)}""")
+    assert not seen["errors"] and all(words in seen["text"] for words in shown), seen["text"]
+    assert not any(words in seen["text"] for words in unsaid)
+    assert not any("without a LoRA" in label for label in seen["labels"])
+
+
+def test_the_panel_of_a_step_without_masks(tmp_path):
+    for name, flags in (("with", []), ("without", ["--mask-from", "9"])):
+        assert cli.main([*RUN, "--panel", *flags, "--out", str(tmp_path / name)]) == 0
+    heads = []
+    for name in ("with", "without"):
+        with Image.open(tmp_path / name / "clora-0-panel.png") as image:
+            heads.append(np.asarray(image)[:24])
+    assert not np.array_equal(*heads)
+
+
+@in_a_browser
 def test_it_is_dark_where_the_reader_wants_it(folder, tmp_path):
     seen = browse(folder / "clora-3.html", tmp_path, LOOK + "return look;", dark=True)
     assert seen["errors"] == [] and seen["dark"] and seen["paper"] < 0.05 and min(seen["contrast"]) >= 4.5
