@@ -184,9 +184,11 @@ def browse(page: Path, folder: Path, script: str, width: int = 1200, dark: bool 
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync", "--disable-component-update",
              "--disable-background-networking", f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=10000",
              f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
-    done = subprocess.run([CHROMIUM, *flags, "--dump-dom", (folder / "frame.html").as_uri()], capture_output=True, text=True,
-                          timeout=120)
-    found = re.search("<pre>(.+?)</pre>", done.stdout, re.DOTALL)
+    for _ in range(3):              # on a busy machine it may end before the frame is there
+        done = subprocess.run([CHROMIUM, *flags, "--dump-dom", (folder / "frame.html").as_uri()], capture_output=True,
+                              text=True, timeout=120)
+        if found := re.search("<pre>(.+?)</pre>", done.stdout, re.DOTALL):
+            break
     assert found, done.stdout[-2000:] + done.stderr[-2000:]
     value = json.loads(html.unescape(found[1]))
     assert isinstance(value, dict), value
