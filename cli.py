@@ -25,6 +25,7 @@ import report
 import rerun
 from clora import METHODS, RECIPES, Recipe, Step, Subject
 from lora import LoRA
+from scheduler import make_scheduler
 from weights import Model, find_lora, load_model, split_weight
 from weights.lora import describe, printable, trigger_words
 
@@ -41,6 +42,11 @@ DEMO = {"prompt": "a ball and a ring on the grass",
 CHOICES: dict[str, tuple[str, ...]] = {"scheduler": ("ddim", "pndm", "dpm++", "lcm"), **clora.CHOICES}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
           "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+# how other programs write weights into a prompt: <lora:cat:0.8>, (cat:1.3), ((cat))
+WEIGHTED = re.compile(r"<\s*(?:lora|lyco|hypernet)\s*:[^>]*>|\([^()]*[^\W\d]\s*:(?:\s*\d?\.\d+|[0-2])\s*\)"
+                      r"|[^\W\d]+:(?:\d?\.\d+|[0-2])[)\]]|\(\([^()]*\)\)", re.IGNORECASE)
 
 
 class Parser(argparse.ArgumentParser):
@@ -215,26 +221,31 @@ UPDATES = ("update_until", "temperature", "alpha", "refine_at", "refine_steps", 
            "rescale_maps", "noise_from")
 
 
-def without_effect(args: argparse.Namespace, recipe: Recipe) -> list[str]:
-    """A line for every kind of flag that is given and changes nothing beside the others."""
-    last = min(recipe.update_until, recipe.steps - 1)
+def without_effect(args: argparse.Namespace, recipe: Recipe, steps: int, demo: bool) -> list[str]:
+    """A line for every kind of flag that is given and changes nothing beside the others. steps: those of the sampler."""
+    last = min(recipe.update_until, steps - 1)
     late = [step for step in args.refine_at or () if step > last]
-    composed, never = args.method == "clora" and bool(args.lora), recipe.mask_from >= recipe.steps
+    composed, never = args.method == "clora" and bool(args.lora), recipe.mask_from >= steps
+    several = composed and len(args.lora) > 1
+    refined = any(step <= last for step in recipe.refine_at)
+    own = () if demo or args.source else ("lora", "style")                  # else nobody gave these
     rules: tuple[tuple[tuple[str, ...], bool, str], ...] = (
         (("eta",), recipe.scheduler != "ddim", f"is for --scheduler ddim; {recipe.scheduler} does not read it"),
         (("switch_every",), args.method != "switch", "is for --method switch"),
-        (("lora", "style", "text_lora"), args.method == "base", "is for other methods; --method base draws without LoRAs"),
+        ((*own, "text_lora"), args.method == "base", "is for other methods; --method base draws without LoRAs"),
         ((*MASKS, *UPDATES, "maps_from"), not composed, "is for --method clora with --lora: it alone reads maps"),
         (UPDATES, composed and len(args.lora) == 1, "is for two LoRAs and more: one alone has nothing to be parted from"),
-        (UPDATES[1:], composed and len(args.lora) > 1 and last < 0, "is for latent updates, and --update-until says never"),
-        (tuple(set(MASKS) - {"mask_from"}), composed and never, f"is for masks, which begin at step {recipe.mask_from}"))
+        (UPDATES[1:], several and last < 0, "is for latent updates, and --update-until says never"),
+        (("refine_steps", "refine_stop"), several and last >= 0 and not refined, "is for --refine-at, and none is updated"),
+        (tuple({*MASKS} - {"mask_from"} - ({"mask_every"} if recipe.update_stop else set())), composed and never,
+         f"is for masks, which begin at step {recipe.mask_from}"))
     lines = []
     for names, idle, why in rules:
         given = {name: getattr(args, name) for name in names if idle and getattr(args, name) not in (None, [])}
-        flags = [f"--{name.replace('_', '-')}" for name, value in given.items()
+        flags = [f"--{'no-' if value is False else ''}{name.replace('_', '-')}" for name, value in given.items()
                  if not (name == "eta" and value == 0 or name == "update_until" and value < 0)]       # say the same
         lines += [f"{', '.join(sorted(flags))} {why}"] if flags else []
-    if late and last >= 0 and composed and len(args.lora) > 1:
+    if late and last >= 0 and several:
         lines.append(f"--refine-at {','.join(map(str, late))} comes after the last update, which is of step {last}")
     return lines
 
@@ -328,7 +339,7 @@ def run(args: argparse.Namespace) -> None:
             for path in traces.values():
                 if path.exists() and not path.is_file():
                     raise ValueError(f"--trace {path} is a folder or a device; name a file")
-            if trace.parent.resolve() != out.resolve():     # which may be made
+            if not out.resolve().is_relative_to(trace.parent.resolve()):            # else it is made with it
                 tempfile.TemporaryFile(dir=trace.parent).close()
         stems = {f"{args.method}-{seed}{part}" for seed in seeds for part in ("", "-panel")}
         for folder, left in ((out, stems), *((path.parent, {path.stem}) for path in traces.values())):
@@ -368,9 +379,9 @@ def run(args: argparse.Namespace) -> None:
             for s in subjects if args.method != "base" and s.trigger.lower() not in s.word.lower()
             and model.text.positions(args.prompt, s.trigger)]
     said += [f'"{printable(found[0], 100)}" is read as plain words: a prompt has no weights here, of words or of LoRAs'
-             for text in (args.prompt, args.negative)
-             if (found := re.search(r"<(lora|lyco|hypernet):[^>]*>|[(\[][^()\[\]]*:[\d.]+[)\]]", text))]
-    for line in (*said, *without_effect(args, recipe)):
+             for text in (args.prompt, args.negative, *(s.trigger for s in subjects)) if (found := WEIGHTED.search(text))]
+    evaluations = len(make_scheduler(model.scheduler_config, recipe.steps, recipe.scheduler).timesteps)
+    for line in (*said, *without_effect(args, recipe, evaluations, demo)):
         print(f"clora: warning: {printable(line, 700)}", file=sys.stderr)
 
     try:

@@ -28,7 +28,7 @@ import lora as lora_module
 from attention import TextKeys
 from lora import LoRA
 from scheduler import Generators, make_scheduler
-from text import swap_words
+from text import TextEncoder, swap_words
 from unet import UNet
 from weights import Model
 
@@ -236,29 +236,17 @@ def make_plan(model: Model, prompt: str, subjects: Sequence[Subject] = (), style
         raise ValueError(f"there is no method called {method}; choose from {', '.join(METHODS)}")
     if recipe.uncond_from == "base" and method not in ("clora", "base"):
         raise ValueError(f"--uncond-from base is for --method clora: {method} has no variant without LoRAs")
-    words = [subject.word.lower() for subject in subjects]
-    for word in words:
-        model.text.find(prompt, word)
-        if words.count(word) > 1:
-            raise ValueError(f'two LoRAs are given for the subject "{word}"; each needs a word of its own')
+    prompts, concepts, words = write_prompts(model.text, prompt, subjects, method)
     if method == "base":
         subjects, style = (), None                      # no layer adds what would count for nothing
-    everyone = swap_words(prompt, {subject.word: subject.trigger for subject in subjects})
-    for subject in subjects if method != "clora" else ():
-        model.text.expect_read(subject.trigger, model.text.positions(everyone, subject.trigger))
-    own = [swap_words(prompt, {subject.word: subject.trigger}) for subject in subjects]
     one_hot = [[float(i == k) * (1.0 if s.weight is None else s.weight) for i in range(len(subjects))]
                for k, s in enumerate(subjects)]
     nothing = [0.0] * len(subjects)
-    if method == "clora":
-        prompts, strengths = [prompt, *own], [nothing, *one_hot]
-    elif not subjects:
-        prompts, strengths = [prompt], [nothing]
-    elif method == "merge":
-        prompts = [everyone]
+    strengths = [nothing] if not subjects else one_hot
+    if subjects and method == "clora":
+        strengths = [nothing, *one_hot]
+    elif subjects and method == "merge":
         strengths = [[1 / len(subjects) if s.weight is None else s.weight for s in subjects]]
-    else:
-        prompts, strengths = [everyone] * len(subjects), one_hot
     loras = tuple(subject.lora for subject in subjects)
     if style is not None:
         loras = *loras, style[0]
@@ -268,14 +256,30 @@ def make_plan(model: Model, prompt: str, subjects: Sequence[Subject] = (), style
     rows = [encode(model, [negative, text], list(zip(loras, row)), recipe) for text, row in zip(prompts, strengths)]
     context = torch.stack(rows, dim=1).flatten(0, 1)                                # [2V, T, D]
     adapters = torch.tensor(strengths * 2, device=context.device, dtype=context.dtype).reshape(2 * len(prompts), -1)
+    return Plan(prompts, context, adapters, concepts, words, in_turn=method == "switch", loras=loras)
+
+
+def write_prompts(text: TextEncoder, prompt: str, subjects: Sequence[Subject], method: str = "clora"
+                  ) -> tuple[tuple[str, ...], tuple[tuple[tuple[int, int], ...], ...], tuple[tuple[int, ...], ...]]:
+    """Prompts, concepts and words of a Plan: every variant's prompt, and where its words are. ValueError: as make_plan."""
+    words = [subject.word.lower() for subject in subjects]
+    for subject in subjects:
+        text.find(prompt, subject.word)
+        if words.count(subject.word.lower()) > 1:
+            raise ValueError(f'two LoRAs are given for the subject "{subject.word}"; each needs a word of its own')
+    if method == "base" or not subjects:
+        return (prompt,), (), ()
+    everyone = swap_words(prompt, {subject.word: subject.trigger for subject in subjects})
     if method != "clora":
-        return Plan(tuple(prompts), context, adapters, in_turn=method == "switch", loras=loras)
+        for subject in subjects:
+            text.expect_read(subject.trigger, text.positions(everyone, subject.trigger))
+        return (everyone,) * (1 if method == "merge" else len(subjects)), (), ()
+    prompts = (prompt, *(swap_words(prompt, {subject.word: subject.trigger}) for subject in subjects))
 
     def tokens(v: int, k: int) -> tuple[int, ...]:
-        return model.text.find(prompts[v], subjects[k].trigger if v == k + 1 else subjects[k].word)
+        return text.find(prompts[v], subjects[k].trigger if v == k + 1 else subjects[k].word)
     concepts = tuple(tuple((v, token) for v in range(len(prompts)) for token in tokens(v, k)) for k in range(len(subjects)))
-    words_of = tuple(tokens(k + 1, k) for k in range(len(subjects)))
-    return Plan(tuple(prompts), context, adapters, concepts, words_of, loras=loras)
+    return prompts, concepts, tuple(tokens(k + 1, k) for k in range(len(subjects)))
 
 
 def encode(model: Model, texts: Sequence[str], loras: Sequence[tuple[LoRA, float]], recipe: Recipe) -> Tensor:
@@ -420,7 +424,8 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
     To change the method: `loss` and `make_masks` take what info_nce_loss and variant_masks take and return such tensors (no
     pixel without a variant), a sampler is a Scheduler under a name of its own in SCHEDULERS, and a step's latents may be
     changed in place: the next step starts from them (examples/). PNDM's second step alone starts again where its first did,
-    as in diffusers. A model serves one thread at a time, and the plan is read once, at the start.
+    as in diffusers. The plan is read once, at the start. A model serves one thread at a time, and is not to be loaded in
+    inference mode.
     ValueError: steps that the scheduler cannot do, latents that became NaN (the step is named), masks of another shape.
     """
     scheduler = make_scheduler(model.scheduler_config, recipe.steps, recipe.scheduler, eta=recipe.eta)

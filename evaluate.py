@@ -24,7 +24,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,7 +36,6 @@ import clora
 import report
 from cli import DTYPES, TOY, Parser, changed, check_device, from_repository, is_embedded, settings_of, whole_numbers
 from clora import RECIPES, Recipe, Subject
-from text import swap_words
 from weights import find_lora, load_model, split_weight
 from weights.lora import printable
 from weights.toy import renderer
@@ -333,16 +332,15 @@ class Maker:
                                   low_memory=self.args.low_memory, compile=False)
         return settings_of(args, recipe, self.model, self.subjects(one), self.style(one), seed, (self.size, self.size))
 
-    def check(self, sets: Sequence[dict]) -> None:
+    def check(self, sets: Sequence[dict], methods: Collection[str]) -> None:
         """Reads every LoRA and finds every word before the first image. ValueError names the set that cannot be drawn."""
         for number, one in enumerate(sets):
             try:
-                self.style(one)
-                for subject in (subjects := self.subjects(one)):
-                    if not subject.word:
-                        raise ValueError('a LoRA names no subject; write it as "cat=sks cat"')
-                    self.model.text.find(one["prompt"], subject.word)
-                swap_words(one["prompt"], {subject.word: subject.trigger for subject in subjects})
+                subjects, _ = self.subjects(one), self.style(one)
+                if not all(subject.word for subject in subjects):
+                    raise ValueError('a LoRA names no subject; write it as "cat=sks cat"')
+                for method in methods:
+                    clora.write_prompts(self.model.text, one["prompt"], subjects, method)
             except ValueError as error:
                 raise ValueError(f"set {number}: {error}") from None
 
@@ -522,7 +520,7 @@ def table(lines: list[dict], columns: list[str]) -> str:
             return ""
         figures = bootstrap(np.array(values, float), np.array(groups))
         mean, low, high = (form.format(x) for x in figures)
-        return mean if figures[1] == figures[2] else f"{mean} ({low} to {high})"        # nothing differs: no interval
+        return mean if len(set(values)) == 1 else f"{mean} ({low} to {high})"        # nothing differs: no interval
     for column in columns:
         done = list(by[column].values())
         if not done:
@@ -633,18 +631,30 @@ def evaluate(args: argparse.Namespace) -> int:
         name = Path(split_weight(args.style)[0]).stem           # the embedded styles have triggers too
         words = f", {name} style" if not args.sets and name in renderer.STYLES else ""
         sets = [{**one, "prompt": one["prompt"] + words, "style": args.style} for one in sets]
-    for flags, given, beside in (("--split, --prompts and --subjects are", args.sets and
-                                  (args.split, args.prompts, args.subjects) != ("test", 6, 2), "--sets has its own prompts"),
-                                 ("--dino and --clip are", args.no_scores and (args.dino or args.clip), "--no-scores")):
-        if given:
-            print(f"evaluate: warning: {flags} without effect: {beside}", file=sys.stderr)
-    maker = Maker(args)
-    maker.check(sets)
+    for flag, idle, why in (("--split", args.sets and args.split != "test", "--sets has its own prompts"),
+                            ("--prompts", args.sets and args.prompts != 6, "--sets has its own"),
+                            ("--subjects", args.sets and args.subjects != 2, "--sets has its own prompts"),
+                            ("--dino", args.no_scores and args.dino, "--no-scores needs none"),
+                            ("--clip", args.no_scores and args.clip, "--no-scores needs none")):
+        if idle:
+            print(f"evaluate: warning: {flag} changes nothing: {why}", file=sys.stderr)
     folder = Path(args.out)
     for place in (folder / "images", *([Path(args.curve).parent] if args.curve else [])):
         place.mkdir(parents=True, exist_ok=True)
-    with only_writer(folder / f"results-{rank}.jsonl"):
-        return sweep(args, maker, columns, changes, sets, rank, world, folder)
+    mine = folder / f"results-{rank}.jsonl"
+    with only_writer(mine):             # already while the models load: so the other processes know that this one is at work
+        try:
+            maker = Maker(args)
+            recipes = {column: recipe_of(column, maker.model.settings, changes) for column in columns}
+            maker.check(sets, {METHODS[column][0] for column in columns})
+        except ValueError:
+            with contextlib.suppress(OSError):          # of what was made above what is empty goes again
+                if not mine.stat().st_size:
+                    mine.unlink()
+                (folder / "images").rmdir()
+                folder.rmdir()
+            raise
+        return sweep(args, maker, recipes, changes, sets, rank, world, folder)
 
 
 def rank_of(n: int, columns: int, world: int) -> int:
@@ -652,11 +662,10 @@ def rank_of(n: int, columns: int, world: int) -> int:
     return (n // columns + n % columns) % world
 
 
-def sweep(args: argparse.Namespace, maker: Maker, columns: list[str], changes: dict, sets: list[dict], rank: int, world: int,
-          folder: Path) -> int:
+def sweep(args: argparse.Namespace, maker: Maker, recipes: dict[str, Recipe], changes: dict, sets: list[dict], rank: int,
+          world: int, folder: Path) -> int:
     """Makes what is missing of this process' share, then the table of all there is (rank 0)."""
-    start = time.time()
-    recipes = {column: recipe_of(column, maker.model.settings, changes) for column in columns}
+    start, columns = time.time(), list(recipes)
     # what every line of a results file must have been made with
     named = [{**one, "loras": [[from_repository(file), words] for file, words in one["loras"]],
               **({"style": from_repository(one["style"])} if "style" in one else {})} for one in sets]

@@ -71,12 +71,11 @@ def locate(name: str, image: Path, remedy: str = "") -> str:
     ValueError if there is a remedy, the flag that says where the file is now, and `name` is no place on the hub either.
     """
     path, _ = split_weight(name)
-    if Path(path).exists():
-        return name
     beside = image.absolute().parent
-    for folder in (beside, beside.parent, Path(__file__).parent):
-        if (folder / path).exists():
-            return str(folder / path) + name[len(path):]
+    for text in (name, path):                                       # "zib:2" may be a file's own name
+        for folder in (Path(), beside, beside.parent, Path(__file__).parent):
+            if (folder / text).exists():
+                return name if folder == Path() else str(folder / text) + name[len(text):]
     if remedy and hub_place(path) is None:
         raise ValueError(f"{image} was made with {path}, which is not there; say where it is: {remedy}")
     return name

@@ -51,12 +51,16 @@ class TextEncoder:
         Whole words only, whatever their case. Positions beyond the 77th token are given too.
         """
         wanted, ids = self._ids(phrase), self._ids(prompt)
+        ends = [token.endswith("</w>") for token in self.tokenizer.convert_ids_to_tokens(ids)]
+        prompt = unicodedata.normalize("NFC", prompt)
+        found, counted, n = [], 0, 0                                # n tokens before character `counted`
         # The text says what a whole word is: CLIP cuts "mk12" into mk, 1 and 2, and "cat" in "wildcat" can be a token of its
         # own. No token goes beyond the end of a word, so those of what stands before an occurrence are counted alone.
-        prompt = unicodedata.normalize("NFC", prompt)
-        starts = [len(self._ids(prompt[:match.start()])) for match in re.finditer(
-            rf"(?<!\w){_spelled(unicodedata.normalize('NFC', phrase))}(?!\w)", prompt, re.IGNORECASE)] if wanted else []
-        return [tuple(range(n + 1, n + 1 + len(wanted))) for n in starts if ids[n:n + len(wanted)] == wanted]
+        for match in re.finditer(_whole(phrase), prompt, re.IGNORECASE) if wanted else ():
+            n, counted = n + len(self._ids(prompt[counted:match.start()])), match.start()
+            if ids[n:n + len(wanted)] == wanted and (n == 0 or ends[n - 1]):
+                found.append(tuple(range(n + 1, n + 1 + len(wanted))))
+        return found
 
     def find(self, prompt: str, phrase: str) -> tuple[int, ...]:
         """Token positions of a phrase that occurs exactly once among the tokens that CLIP reads.
@@ -64,7 +68,8 @@ class TextEncoder:
         ValueError: it does not occur, it occurs more than once, or it was cut off.
         """
         found = self.positions(prompt, phrase)
-        if not found and phrase and phrase.lower() in prompt.lower():
+        inside = bool(phrase) and phrase.lower() in prompt.lower() and not re.search(_whole(phrase), prompt, re.IGNORECASE)
+        if not found and inside:
             raise ValueError(f'"{phrase}" is no word of its own in the prompt "{prompt}"; write spaces around it')
         if not found:
             raise ValueError(f'"{phrase}" is not in the prompt "{prompt}"; name the subject as the prompt does')
@@ -81,6 +86,11 @@ class TextEncoder:
     def truncated(self, prompt: str) -> str:
         """What CLIP does not read of a prompt, "" if it reads it all."""
         return self.tokenizer.decode(self._ids(prompt)[self.length - 2:]).strip()
+
+
+def _whole(phrase: str) -> str:
+    """A pattern of the phrase as words of their own."""
+    return rf"(?<!\w){_spelled(unicodedata.normalize('NFC', phrase))}(?!\w)"
 
 
 def _spelled(phrase: str) -> str:

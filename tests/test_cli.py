@@ -253,11 +253,18 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, word, tmp_path, capsys
     (["--switch-every", "2"], "--switch-every is for --method switch"), (["--switch-every", "2", "--method", "switch"], ""),
     (["--method", "merge", "--dilate", "--alpha", "3", "--maps-from", "both"], "--alpha, --dilate, --maps-from is for"),
     (["--method", "merge", "--recipe", "release"], ""), (["--mask-from", "9"], ""),
-    (["--mask-from", "9", "--no-dilate"], "--dilate is for masks, which begin at step 9"),
+    (["--mask-from", "9", "--no-dilate"], "--no-dilate is for masks, which begin at step 9"),
+    (["--mask-from", "9", "--mask-every", "2"], "--mask-every is for masks"),
+    (["--mask-from", "9", "--mask-every", "2", "--update-stop", "0.1"], ""),
+    (["--mask-from", "3", "--dilate", "--scheduler", "pndm"], ""),
+    (["--refine-at=3", "--update-until=3", "--scheduler=pndm"], ""),
+    (["--refine-at", "", "--refine-steps", "7"], "--refine-steps is for --refine-at"),
     (["--prompt", "a sks cat and a dog"], 'says "sks cat" already'),
     (["--prompt", "a sks cat and a dog", "--method", "base"], "--lora is for other methods"),
     (["--prompt", "a (cat:1.3) and a dog"], '"(cat:1.3)" is read as plain words'),
-    (["--negative", "bad <lora:x:1>"], '"<lora:x:1>" is read'), (["--negative", "at 8:30 (late)"], "")])
+    (["--negative", "bad <LoRA:x:1>"], '"<LoRA:x:1>" is read'), (["--negative", "((ugly))"], '"((ugly))" is read'),
+    (["--negative", "((a) red:1.3)"], '"red:1.3)" is read'), (["--negative", "(red:1.3 )"], '"(red:1.3 )" is read'),
+    (["--negative", "late (at 8:30), (16:9), Psalm (119:105), [from 9:16], (very) late, (note: 2 of them)"], "")])
 def test_flags_that_change_nothing_are_named(arguments, word, tmp_path, capsys):
     capsys.readouterr()
     small = SMALL[:SMALL.index("--refine-at")]
@@ -286,6 +293,8 @@ def test_bad_input_makes_no_folder(tmp_path, capsys):
     assert not (tmp_path / "new").exists()
     assert run(*TWO, "--trace", str(tmp_path / "new/deep/t.safetensors"), out=tmp_path / "new/deep") == 0
     assert len(list((tmp_path / "new/deep").iterdir())) == 2
+    assert run(*TWO, "--trace", str(tmp_path / "more/t.safetensors"), out=tmp_path / "more/deep") == 0
+    assert (tmp_path / "more/t.safetensors").exists()
 
 
 def test_files_with_unusual_names(tmp_path, monkeypatch, capsys):

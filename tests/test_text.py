@@ -51,6 +51,10 @@ def test_parts_of_words_are_not_words(text, prompt, phrase):
 def test_words_with_digits(text):
     """CLIP makes every digit a token of its own, so the tokens alone do not say where such a word ends."""
     assert text.find("a cat1 and a cat12", "cat1") == (2, 3) and text.find("a cat1 and a cat12", "cat12") == (6, 7, 8)
+    assert text.positions("a cat1 " * 1000, "cat1") == [(2 + 3 * n, 3 + 3 * n) for n in range(1000)]
+    assert text.positions("a 🐱🐱 cat", "🐱") == [] and len(text.positions("a 🐱 cat", "🐱")) == 1
+    for word in ("İstanbul", "ΌΣΟΣ"):
+        assert text.find(f"{word} and a cat", word)[0] == 1 and len(text.positions(f"a {word} and {word}s", word)) == 1
     assert text.positions("a cat 1", "cat1") == [] and text.find("a cat 1", "cat 1") == (2, 3)
 
 

@@ -153,6 +153,10 @@ def test_a_run_is_resumed_with_its_own_flags_alone(tmp_path, monkeypatch):
     for other in ("init", "fp32"):
         with pytest.raises(ValueError, match="other flags"):
             train.Run("vae", {"layer": layer}, 1e-3, 9, argparse.Namespace(**(args | {other: True})))
+    state = torch.load(tmp_path / "vae.pt", weights_only=True)
+    del state["flags"]["fp32"]                          # as checkpoints were before it was noted
+    torch.save(state, tmp_path / "vae.pt")
+    assert train.Run("vae", {"layer": layer}, 1e-3, 9, argparse.Namespace(**args)).step == 1
     (tmp_path / "vae.pt").write_bytes(b"PK\3\4")
     with pytest.raises(ValueError, match="vae.pt is damaged"):
         train.Run("vae", {"layer": layer}, 1e-3, 9, argparse.Namespace(**args))

@@ -66,7 +66,7 @@ class Run:
                 state = torch.load(self.path, map_location="cpu", weights_only=True)
             except Exception as error:
                 raise ValueError(f"{self.path} is damaged ({type(error).__name__}); move it away to begin anew") from None
-            if state.get("flags", self.flags) != self.flags:
+            if self.flags | state.get("flags", {}) != self.flags:
                 raise ValueError(f"{self.path} is of a run with other flags ({state['flags']}); move it away to begin anew")
             self.modules.load_state_dict(state["modules"])
             self.optimizer.load_state_dict(state["optimizer"])
