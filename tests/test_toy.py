@@ -120,6 +120,37 @@ def test_the_command_without_arguments_twice(tmp_path):
     assert {"ball", "ring"} <= {one.kind for one in seen}
 
 
+def test_the_reader_is_asked_for_what_the_renderer_drew():
+    """In a cell that a thing covers: its texture, its two colours, its kind; beside things the background; else nothing."""
+    crops, labels = train.labelled_crops(np.random.default_rng(3), 40)
+    assert len(crops) == 40 and labels.shape == (40, 4, 8, 8)
+    palette = [*renderer.COLOURS.values(), renderer.WHITE]
+    checked = 0
+    for crop, (texture, first, second, kind) in zip(crops, labels):
+        assert crop.shape == (64, 64, 3) and ((texture >= 0) == (first >= 0)).all() and ((kind > 0) == (first >= 0)).all()
+        assert ((second >= 0) == (texture > 0)).all() and list(renderer.TEXTURES)[0] == "plain"
+        for y, x in (kind > 0).nonzero().tolist():
+            cell = crop[8 * y:8 * y + 8, 8 * x:8 * x + 8].reshape(-1, 3).astype(int)
+            colours = [palette[first[y, x]]] + ([palette[second[y, x]]] if second[y, x] >= 0 else [])
+            near = min(np.abs(cell - colour).max(1).min() for colour in colours)
+            checked += 1
+            assert near < 60, "a cell without a pixel of its colours"
+    assert checked > 200
+
+
+def test_what_the_reader_sees():
+    """Its distance is 0 between a picture and itself, and grows as dots are blurred away; gradients reach the picture."""
+    torch.manual_seed(0)
+    reader, rng = train.Reader().eval(), np.random.default_rng(0)
+    pictures = train.to_tensor([renderer.render(renderer.random_scene(rng, textures=("dotted",))) for _ in range(2)], "cpu")
+    blurred = [torch.nn.functional.avg_pool2d(pictures, n, 1, n // 2).requires_grad_() for n in (1, 3, 7)]
+    none, some, more = (reader.distance(picture, pictures) for picture in blurred)
+    assert none == 0 < some < more
+    more.backward()
+    assert blurred[2].grad.abs().sum() > 0
+    assert [part.shape[1] for part in reader(pictures)] == [11, 7, 7, 9]
+
+
 def test_a_larger_autoencoder_begins_where_the_smaller_one_ended():
     torch.manual_seed(0)
     small, large = (VAE(VAEConfig.from_dict({**train.VAE_CONFIG, "layers_per_block": n})).eval().requires_grad_(False)
@@ -135,17 +166,19 @@ def test_a_larger_autoencoder_begins_where_the_smaller_one_ended():
 @pytest.mark.parametrize("flags, word", [
     ({"steps": -1}, "--steps"), ({"decoder_only": True}, "--init"), ({"keep_latents": True}, "--init"),
     ({"stage": "judge", "init": True}, "--init is for --stage vae"), ({"only": ["zib"]}, "--only is for --stage lora"),
-    ({"threads": 0}, "--threads"), ({"device": "quantum"}, "--device quantum cannot be used")])
+    ({"stage": "lora", "perceptual": True}, "--perceptual is for --stage vae"), ({"threads": 0}, "--threads"),
+    ({"device": "quantum"}, "--device quantum cannot be used")])
 def test_training_refuses_flags_that_would_spoil_the_weights(flags, word):
     args = {"stage": "vae", "init": False, "only": None, "decoder_only": False, "keep_latents": False, "steps": None,
-            "threads": None, "device": "cpu"}
+            "threads": None, "device": "cpu", "perceptual": False}
     with pytest.raises(ValueError, match=word):
         train.main(argparse.Namespace(**(args | flags)))
 
 
 def test_a_run_is_resumed_with_its_own_flags_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "WORK", tmp_path)
-    args = {"init": False, "decoder_only": False, "keep_latents": False, "steps": 1, "resume": True, "fp32": False}
+    args = {"init": False, "decoder_only": False, "keep_latents": False, "steps": 1, "resume": True, "fp32": False,
+            "perceptual": False}
     layer = torch.nn.Linear(2, 1)
     run = train.Run("vae", {"layer": layer}, 1e-3, 9, argparse.Namespace(**args))
     run.backward(layer(torch.ones(1, 2)).sum())

@@ -276,9 +276,9 @@ def random_scene(rng: np.random.Generator, count: int | None = None, textures: t
     return Scene(str(rng.choice(list(BACKGROUNDS))), rng.uniform(0.3, 0.55), tuple(things), bool(rng.random() < 0.8))
 
 
-def any_scene(rng: np.random.Generator) -> Scene:
-    """A scene with any texture, any two colours and now and then a style: what the autoencoder must carry."""
-    scene = random_scene(rng, textures=tuple(TEXTURES))
+def any_scene(rng: np.random.Generator, textures: tuple[str, ...] = tuple(TEXTURES)) -> Scene:
+    """A scene with any of the textures, any two colours and now and then a style: what the autoencoder must carry."""
+    scene = random_scene(rng, textures=textures)
     palette = [*COLOURS.values(), WHITE]
     things = tuple(replace(thing, second=palette[rng.integers(len(palette))]) for thing in scene.things)
     style = str(rng.choice(["", *STYLES.values()], p=[0.84, 0.08, 0.08]))

@@ -1,5 +1,6 @@
-"""Trains the embedded model: python weights/toy/train.py --stage vae|unet|lora|judge|clip [--resume]
+"""Trains the embedded model: python weights/toy/train.py --stage reader|vae|unet|lora|judge|clip [--resume]
 
+    reader a network that tells textures and colours, for the autoencoder's perceptual loss (--perceptual)
     vae    AutoencoderKL on 64x64 crops of rendered scenes
     unet   UNet and CLIP text encoder together, on cached latents of captioned scenes
     lora   one LoRA per instance and style, each from 256 pictures (and these again in odd company)
@@ -8,7 +9,7 @@
 
 Every stage is seeded, logs its losses to work/<stage>.log, saves work/<stage>.pt as it goes (--resume continues
 there, to the same result) and ends by writing the published layout next to this file: vae/, unet/, text_encoder/,
-tokenizer/, scheduler/, loras/. Run vae first, then unet, then lora. On CPU and CUDA alike.
+tokenizer/, scheduler/, loras/. Run reader first, then vae, unet, lora. On CPU and CUDA alike.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Run:
         self.path = WORK / f"{name}.pt"
         WORK.mkdir(exist_ok=True)
         self.flags = {"steps": self.steps, "init": args.init, "decoder_only": args.decoder_only,
-                      "keep_latents": args.keep_latents, "fp32": args.fp32}
+                      "keep_latents": args.keep_latents, "perceptual": args.perceptual, "fp32": args.fp32}
         if args.resume and self.path.exists():
             try:
                 state = torch.load(self.path, map_location="cpu", weights_only=True)
@@ -131,21 +132,119 @@ def to_tensor(pictures: list[np.ndarray], device: str) -> Tensor:
     return torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+# --- reader ---------------------------------------------------------------------------------------------------------
+
+class Reader(nn.Module):
+    """Tells the texture, both colours and the kind of what every 8x8 pixels show: what LPIPS (arXiv 1801.03924) is for
+    photographs its features are for this world. It is another network than the judge, whose opinion nothing is trained for.
+    """
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+
+        def layer(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn.Module:
+            return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, dilation, dilation, bias=False),
+                                 nn.GroupNorm(8, outputs), nn.SiLU())
+        w = width
+        self.body = nn.ModuleList([
+            nn.Sequential(layer(3, w), layer(w, w)), nn.Sequential(layer(w, 2 * w, 2), layer(2 * w, 2 * w)),
+            nn.Sequential(layer(2 * w, 3 * w, 2), layer(3 * w, 3 * w)),
+            nn.Sequential(layer(3 * w, 3 * w, 2), layer(3 * w, 3 * w, 1, 2), layer(3 * w, 3 * w, 1, 2))])
+        self.sizes = [len(renderer.TEXTURES), *[len(renderer.COLOURS) + 1] * 2, len(renderer.KINDS) + 1]
+        self.head = nn.Conv2d(3 * w, sum(self.sizes), 1)
+
+    def features(self, pictures: Tensor) -> list[Tensor]:
+        """[B, 3, H, W] -> four of [B, C, H / 2^n, W / 2^n]."""
+        out = []
+        for block in self.body:
+            pictures = block(pictures)
+            out.append(pictures)
+        return out
+
+    def forward(self, pictures: Tensor) -> list[Tensor]:
+        """[B, 3, H, W] -> logits [B, n, H/8, W/8] of texture, first colour, second colour, and kind (0: background)."""
+        return list(self.head(self.features(pictures)[-1]).split(self.sizes, dim=1))
+
+    def distance(self, one: Tensor, other: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W] each -> the squared distance of their features, each of length 1, in the mean."""
+        def unit(x: Tensor) -> Tensor:
+            return x / (x.pow(2).sum(1, keepdim=True) + 1e-3).sqrt()
+        pairs = list(zip(self.features(one), self.features(other)))
+        return torch.stack([(unit(a) - unit(b)).pow(2).sum(1).mean() for a, b in pairs]).mean()
+
+
+def labelled_crops(rng: np.random.Generator, count: int, side: int = 64) -> tuple[list[np.ndarray], Tensor]:
+    """Crops around objects, and what `Reader` is asked of them: int64 [count, 4, side/8, side/8], -100 for no answer."""
+    from weights.toy.judge import judge_scene
+    textures, palette = list(renderer.TEXTURES), [*renderer.COLOURS.values(), renderer.WHITE]
+    crops: list[np.ndarray] = []
+    labels: list[Tensor] = []
+    while len(crops) < count:
+        draw = rng.random()
+        scene = (renderer.any_scene(rng) if draw < 0.6 else judge_scene(rng) if draw < 0.8
+                 else renderer.random_scene(rng, textures=("dotted", "striped")))
+        scene = renderer.replace(scene, style="")
+        picture = renderer.render(scene)
+        share = F.avg_pool2d(torch.from_numpy(renderer.object_masks(scene)).float(), 8)         # [things, 16, 16]
+        label = torch.full((4, *share.shape[1:]), -100)
+        label[3] = 0
+        for n, thing in enumerate(scene.things):
+            covered = share[n] > 0.4
+            label[3][share[n] > 0.1] = -100
+            label[0][covered], label[1][covered] = textures.index(thing.texture), palette.index(thing.colour)
+            if thing.texture != "plain":
+                label[2][covered] = palette.index(thing.second)
+            label[3][covered] = renderer.KINDS.index(thing.kind) + 1
+        for thing in scene.things:
+            left, top = (int(np.clip(c - side / 2 + rng.uniform(-16, 16), 0, renderer.SIZE - side)) // 8
+                         for c in (thing.x, thing.y))
+            crops.append(picture[8 * top:8 * top + side, 8 * left:8 * left + side])
+            labels.append(label[:, top:top + side // 8, left:left + side // 8])
+    return crops[:count], torch.stack(labels[:count])
+
+
+def train_reader(args: argparse.Namespace) -> None:
+    torch.manual_seed(7)
+    reader = Reader().to(args.device, memory_format=torch.channels_last)
+    run = Run("reader", {"reader": reader}, lr=2e-3, steps=3000, args=args, ema=0.995, weight_decay=1e-4)
+    while run.step < run.steps:
+        rough = run.step % 2 == 1
+        crops, labels = labelled_crops(run.rng(), 24)
+        pictures, labels = to_tensor(crops, args.device), labels.to(args.device)                # [24, 3, 64, 64]
+        with torch.autocast(args.device, torch.bfloat16, enabled=not args.fp32):
+            parts = [part.float() for part in reader(roughen(pictures) if rough else pictures)]
+        texture, *others = [F.cross_entropy(part, labels[:, n]) for n, part in enumerate(parts)]
+        run.backward(texture + torch.stack(others).sum(), texture=texture)
+    run.use_average()
+    save_half(reader, WORK / "reader.safetensors")          # of use in training alone, so it is not published
+
+
+def load_reader(device: str) -> Reader:
+    if not (path := WORK / "reader.safetensors").exists():
+        raise ValueError(f"{path} is missing; run --stage reader first")
+    reader = Reader()
+    reader.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    return reader.to(device).eval().requires_grad_(False)
+
+
 # --- vae ------------------------------------------------------------------------------------------------------------
 
 def object_crops(rng: np.random.Generator, count: int, side: int = 64) -> list[np.ndarray]:
-    """Crops of random scenes, most of them around an object: that is where textures and colours are. What is lost first
-    is shown oftener than the world shows it: dots and stripes, small objects, and the dark outlines of the night."""
+    """Crops of random scenes, most of them around an object: that is where textures and colours are. What is lost first is
+    shown oftener than the world shows it: fine textures in any colours, small objects, the dark outlines of the night."""
     from weights.toy.judge import judge_scene
     crops: list[np.ndarray] = []
     while len(crops) < count:
         draw = rng.random()
-        scene = (renderer.any_scene(rng) if draw < 0.35 else judge_scene(rng) if draw < 0.7
-                 else renderer.random_scene(rng, textures=("dotted",) if draw < 0.9 else ("striped",)))
+        scene = (renderer.any_scene(rng) if draw < 0.2 else judge_scene(rng) if draw < 0.5
+                 else renderer.any_scene(rng, ("dotted", "target", "checked", "zigzag")) if draw < 0.85
+                 else renderer.random_scene(rng, textures=("dotted",) if draw < 0.95 else ("striped",)))
         if rng.random() < 0.5 * (len(scene.things) == 1) + 0.25 * (scene.background != "night"):
             continue
         picture = renderer.render(scene)
         for thing in scene.things:
+            if thing.radius > 22 and rng.random() < 0.5:
+                continue
             x, y = (thing.x, thing.y) if rng.random() < 0.85 else rng.uniform(0, renderer.SIZE, 2)
             left, top = (int(np.clip(c - side / 2 + rng.uniform(-20, 20), 0, renderer.SIZE - side)) for c in (x, y))
             crops.append(picture[top:top + side, left:left + side])
@@ -181,7 +280,8 @@ def train_vae(args: argparse.Namespace) -> None:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
     known = load_vae(args.device) if args.keep_latents else None
-    run = Run("vae", {"vae": vae}, lr=8e-4 if args.init else 1.5e-3, steps=4200, args=args)
+    reader = load_reader(args.device) if args.perceptual else None
+    run = Run("vae", {"vae": vae}, lr=5e-4 if args.init else 1.5e-3, steps=4200, args=args)
     while run.step < run.steps:
         picture = to_tensor(object_crops(run.rng(), 16), args.device)                           # [16, 3, 64, 64]
         with torch.autocast(args.device, torch.bfloat16, enabled=not args.fp32):
@@ -206,8 +306,9 @@ def train_vae(args: argparse.Namespace) -> None:
             with torch.no_grad():
                 before = known.encode(picture)[0]                                               # [16, 4, 8, 8]
             moved = ((mean - before) / before.std()).pow(2).mean()
-        run.backward(reconstruction + shares + 0.3 * moved + 3e-4 * kl,
-                     l1=error.abs().mean(), shares=shares, moved=moved, kl=kl)
+        seen = moved.new_zeros(()) if reader is None else reader.distance(out, picture)
+        run.backward(reconstruction + shares + 6 * seen + (0.3 if reader is None else 1.5) * moved + 3e-4 * kl,
+                     l1=error.abs().mean(), shares=shares, seen=seen, moved=moved, kl=kl)
     run.use_average()
     vae.eval()
     save_half(vae, HERE / "vae/diffusion_pytorch_model.safetensors")
@@ -685,14 +786,16 @@ def train_clip(args: argparse.Namespace) -> None:
         "crop_size": {"height": 128, "width": 128}, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]})
 
 
-STAGES = {"vae": train_vae, "unet": train_unet, "lora": train_lora, "judge": train_judge, "clip": train_clip}
+STAGES = {"reader": train_reader, "vae": train_vae, "unet": train_unet, "lora": train_lora, "judge": train_judge,
+          "clip": train_clip}
 
 
 def main(args: argparse.Namespace) -> None:
     """ValueError: flags that the stage does not have, or that would train on nothing."""
     for flag, given, stages in (("--init", args.init, ("vae", "unet", "lora")), ("--only", args.only, ("lora",)),
                                 ("--decoder-only", args.decoder_only, ("vae",)),
-                                ("--keep-latents", args.keep_latents, ("vae",))):
+                                ("--keep-latents", args.keep_latents, ("vae",)),
+                                ("--perceptual", args.perceptual, ("vae",))):
         if given and args.stage not in stages:
             raise ValueError(f"{flag} is for --stage {' and '.join(stages)}")
     if (args.decoder_only or args.keep_latents) and not args.init:
@@ -716,6 +819,7 @@ if __name__ == "__main__":
     parser.add_argument("--init", action="store_true", help="begin at the weights next to this file (vae, unet, lora)")
     parser.add_argument("--decoder-only", action="store_true", help="stage vae: leave the encoder (and latents) alone")
     parser.add_argument("--keep-latents", action="store_true", help="stage vae: stay near the latents of these weights")
+    parser.add_argument("--perceptual", action="store_true", help="stage vae: what the reader sees counts as well")
     parser.add_argument("--steps", type=int, help="train for fewer or more steps than the stage's own number")
     parser.add_argument("--only", nargs="+", choices=LORAS, help="stage lora: train these alone")
     parser.add_argument("--threads", type=int, help="CPU threads")
