@@ -38,11 +38,6 @@ def attention_probs(query: Tensor, key: Tensor) -> Tensor:
     return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
-def plus(x: Tensor, y: Tensor) -> Tensor:
-    """x + y, in the memory of y where no gradient is wanted: fresh memory costs time on a CPU."""
-    return x + y if torch.is_grad_enabled() else y.add_(x)
-
-
 class Attention(nn.Module):
     """Multi-head attention; self-attention when no `text` is given."""
 
@@ -86,8 +81,7 @@ class GEGLU(nn.Module):
     def forward(self, x: Tensor, adapters: Tensor | None = None) -> Tensor:
         """x [B, N, C] -> [B, N, inner]."""
         x, gate = self.proj(x, adapters).chunk(2, dim=-1)
-        gate = F.gelu(gate)
-        return x * gate if torch.is_grad_enabled() else gate.mul_(x)                # as in plus
+        return x * F.gelu(gate)
 
 
 class FeedForward(nn.Module):
@@ -116,12 +110,12 @@ class BasicTransformerBlock(nn.Module):
     def forward(self, x: Tensor, text: tuple[Tensor, Tensor], adapters: Tensor | None = None,
                 want_map: bool = False, only_map: bool = False) -> tuple[Tensor, Tensor | None]:
         """x [B, N, C], text: key and value [B, T, C] -> (x [B, N, C], cross-attention probs [B, H, N, T] or None)."""
-        x = plus(x, self.attn1(self.norm1(x), None, adapters)[0])
+        x = x + self.attn1(self.norm1(x), None, adapters)[0]
         out, probs = self.attn2(self.norm2(x), text, adapters, want_map, only_map)
         if only_map:
             return x, probs
-        x = plus(x, out)
-        return plus(x, self.ff(self.norm3(x), adapters)), probs
+        x = x + out
+        return x + self.ff(self.norm3(x), adapters), probs
 
 
 class Transformer2DModel(nn.Module):

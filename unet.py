@@ -119,11 +119,10 @@ class ResnetBlock2D(nn.Module):
 
     def forward(self, x: Tensor, embed: Tensor, adapters: Tensor | None = None) -> Tensor:
         """x [B, C_in, h, w], embed [B, E] -> [B, C_out, h, w]."""
-        y = self.conv1(F.silu(self.norm1(x), inplace=True), adapters)               # in place: fresh memory costs time
-        y += self.time_emb_proj(F.silu(embed), adapters)[:, :, None, None]
-        y = self.conv2(F.silu(self.norm2(y), inplace=True), adapters)
-        y += x if self.conv_shortcut is None else self.conv_shortcut(x, adapters)
-        return y
+        y = self.conv1(F.silu(self.norm1(x)), adapters)
+        y = y + self.time_emb_proj(F.silu(embed), adapters)[:, :, None, None]
+        y = self.conv2(F.silu(self.norm2(y)), adapters)
+        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x, adapters))
 
 
 class Downsample2D(nn.Module):
@@ -280,4 +279,4 @@ class UNet(nn.Module):
         # 5. out
         if unknown := set(maps_at) - set(maps):
             raise ValueError(f"no cross-attention layer is called {', '.join(sorted(unknown))}")
-        return self.conv_out(F.silu(self.conv_norm_out(x), inplace=True), adapters), maps
+        return self.conv_out(F.silu(self.conv_norm_out(x)), adapters), maps
