@@ -25,7 +25,7 @@ import report
 import rerun
 from clora import METHODS, RECIPES, Recipe, Step, Subject
 from lora import LoRA
-from scheduler import make_scheduler
+from scheduler import SCHEDULERS, make_scheduler
 from weights import Model, find_lora, load_model, split_weight
 from weights.lora import describe, printable, trigger_words
 
@@ -39,14 +39,14 @@ with contextlib.suppress(ValueError):       # Windows: from another drive there 
 DEMO = {"prompt": "a ball and a ring on the grass",
         "lora": [[str(TOY / "loras/zib.safetensors"), "ball=zib ball"],
                  [str(TOY / "loras/pel.safetensors"), "ring=pel ring"]]}
-CHOICES: dict[str, tuple[str, ...]] = {"scheduler": ("ddim", "pndm", "dpm++", "lcm"), **clora.CHOICES}
+CHOICES: dict[str, tuple[str, ...]] = {"scheduler": tuple(SCHEDULERS), **clora.CHOICES}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
           "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 # how other programs write weights into a prompt: <lora:cat:0.8>, (cat:1.3), ((cat))
-WEIGHTED = re.compile(r"<\s*(?:lora|lyco|hypernet)\s*:[^>]*>|\([^()]*[^\W\d]\s*:(?:\s*\d?\.\d+|[0-2])\s*\)"
-                      r"|[^\W\d]+:(?:\d?\.\d+|[0-2])[)\]]|\(\([^()]*\)\)", re.IGNORECASE)
+WEIGHTED = re.compile(r"<\s*(?:lora|lyco|hypernet)\s*:[^>]*>|\(\([^()]*\)\)"
+                      r"|(?:\([^()]*)?[^\W\d]+\s*:(?:\s*\d?\.\d+|[0-2])\s*[)\]]", re.IGNORECASE)
 
 
 class Parser(argparse.ArgumentParser):

@@ -28,7 +28,7 @@ import lora as lora_module
 from attention import TextKeys
 from lora import LoRA
 from scheduler import Generators, make_scheduler
-from text import TextEncoder, swap_words
+from text import write_prompts
 from unet import UNet
 from weights import Model
 
@@ -242,11 +242,12 @@ def make_plan(model: Model, prompt: str, subjects: Sequence[Subject] = (), style
     one_hot = [[float(i == k) * (1.0 if s.weight is None else s.weight) for i in range(len(subjects))]
                for k, s in enumerate(subjects)]
     nothing = [0.0] * len(subjects)
-    strengths = [nothing] if not subjects else one_hot
-    if subjects and method == "clora":
+    if method == "clora" or not subjects:
         strengths = [nothing, *one_hot]
-    elif subjects and method == "merge":
+    elif method == "merge":
         strengths = [[1 / len(subjects) if s.weight is None else s.weight for s in subjects]]
+    else:
+        strengths = one_hot
     loras = tuple(subject.lora for subject in subjects)
     if style is not None:
         loras = *loras, style[0]
@@ -257,29 +258,6 @@ def make_plan(model: Model, prompt: str, subjects: Sequence[Subject] = (), style
     context = torch.stack(rows, dim=1).flatten(0, 1)                                # [2V, T, D]
     adapters = torch.tensor(strengths * 2, device=context.device, dtype=context.dtype).reshape(2 * len(prompts), -1)
     return Plan(prompts, context, adapters, concepts, words, in_turn=method == "switch", loras=loras)
-
-
-def write_prompts(text: TextEncoder, prompt: str, subjects: Sequence[Subject], method: str = "clora"
-                  ) -> tuple[tuple[str, ...], tuple[tuple[tuple[int, int], ...], ...], tuple[tuple[int, ...], ...]]:
-    """Prompts, concepts and words of a Plan: every variant's prompt, and where its words are. ValueError: as make_plan."""
-    words = [subject.word.lower() for subject in subjects]
-    for subject in subjects:
-        text.find(prompt, subject.word)
-        if words.count(subject.word.lower()) > 1:
-            raise ValueError(f'two LoRAs are given for the subject "{subject.word}"; each needs a word of its own')
-    if method == "base" or not subjects:
-        return (prompt,), (), ()
-    everyone = swap_words(prompt, {subject.word: subject.trigger for subject in subjects})
-    if method != "clora":
-        for subject in subjects:
-            text.expect_read(subject.trigger, text.positions(everyone, subject.trigger))
-        return (everyone,) * (1 if method == "merge" else len(subjects)), (), ()
-    prompts = (prompt, *(swap_words(prompt, {subject.word: subject.trigger}) for subject in subjects))
-
-    def tokens(v: int, k: int) -> tuple[int, ...]:
-        return text.find(prompts[v], subjects[k].trigger if v == k + 1 else subjects[k].word)
-    concepts = tuple(tuple((v, token) for v in range(len(prompts)) for token in tokens(v, k)) for k in range(len(subjects)))
-    return prompts, concepts, tuple(tokens(k + 1, k) for k in range(len(subjects)))
 
 
 def encode(model: Model, texts: Sequence[str], loras: Sequence[tuple[LoRA, float]], recipe: Recipe) -> Tensor:
@@ -346,9 +324,6 @@ def contrast(unet: UNet, latents: Tensor, timestep: int, plan: Plan, layers: tup
     variants = range(len(plan.prompts))
     # half precision cannot hold the gradient's smallest entries: scale the loss up and the gradient down again
     scale = 4096.0 if latents.dtype == torch.float16 else 1.0
-    with torch.inference_mode(False):                   # whatever the caller is in: gradients are wanted
-        z = latents.detach().clone().requires_grad_()
-
     def maps_of(chosen: Sequence[int]) -> Tensor:
         rows = [*chosen] if recipe.maps_from == "both" else []
         rows += [v + len(variants) for v in chosen]
@@ -365,7 +340,8 @@ def contrast(unet: UNet, latents: Tensor, timestep: int, plan: Plan, layers: tup
         return torch.stack(losses)                                                  # [B]
 
     # a picture's loss knows no other picture, so the gradient of the sum holds the gradient of each
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():          # whatever mode the caller is in
+        z = latents.detach().clone().requires_grad_()
         if not low_memory:
             losses = losses_of(maps_of(variants))
             gradient, = torch.autograd.grad(losses.sum() * scale, z)

@@ -36,6 +36,7 @@ import clora
 import report
 from cli import DTYPES, TOY, Parser, changed, check_device, from_repository, is_embedded, settings_of, whole_numbers
 from clora import RECIPES, Recipe, Subject
+from text import write_prompts
 from weights import find_lora, load_model, split_weight
 from weights.lora import printable
 from weights.toy import renderer
@@ -340,7 +341,7 @@ class Maker:
                 if not all(subject.word for subject in subjects):
                     raise ValueError('a LoRA names no subject; write it as "cat=sks cat"')
                 for method in methods:
-                    clora.write_prompts(self.model.text, one["prompt"], subjects, method)
+                    write_prompts(self.model.text, one["prompt"], subjects, method)
             except ValueError as error:
                 raise ValueError(f"set {number}: {error}") from None
 

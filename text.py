@@ -117,3 +117,30 @@ def swap_words(prompt: str, replacements: Mapping[str, str]) -> str:
         if word not in found:
             raise ValueError(f'"{word}" is no word of its own in the prompt "{prompt}"; write spaces around it')
     return swapped
+
+
+def write_prompts(text: TextEncoder, prompt: str, subjects: Sequence[Any], method: str = "clora"
+                  ) -> tuple[tuple[str, ...], tuple[tuple[tuple[int, int], ...], ...], tuple[tuple[int, ...], ...]]:
+    """Prompts, concepts and words of a clora.Plan for clora.Subjects: every variant's prompt, and where its words are.
+
+    ValueError: a word is not in the prompt or occurs twice, was cut off, or is given to two LoRAs.
+    """
+    words = [subject.word.lower() for subject in subjects]
+    for subject in subjects:
+        text.find(prompt, subject.word)
+        if words.count(subject.word.lower()) > 1:
+            raise ValueError(f'two LoRAs are given for the subject "{subject.word}"; each needs a word of its own')
+    if method == "base" or not subjects:
+        return (prompt,), (), ()
+    # all at once, for CLoRA too: a word that overlaps another is refused
+    everyone = swap_words(prompt, {subject.word: subject.trigger for subject in subjects})
+    if method != "clora":
+        for subject in subjects:
+            text.expect_read(subject.trigger, text.positions(everyone, subject.trigger))
+        return (everyone,) * (1 if method == "merge" else len(subjects)), (), ()
+    prompts = (prompt, *(swap_words(prompt, {subject.word: subject.trigger}) for subject in subjects))
+
+    def tokens(v: int, k: int) -> tuple[int, ...]:
+        return text.find(prompts[v], subjects[k].trigger if v == k + 1 else subjects[k].word)
+    concepts = tuple(tuple((v, token) for v in range(len(prompts)) for token in tokens(v, k)) for k in range(len(subjects)))
+    return prompts, concepts, tuple(tokens(k + 1, k) for k in range(len(subjects)))

@@ -17,6 +17,7 @@ import lora
 from clora import RECIPES, Recipe
 from lora import LoRA, LoRALayer
 from scheduler import make_scheduler
+from text import swap_words
 from unet import UNet, UNetConfig
 
 SD15_SCHEDULER = {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
@@ -233,23 +234,23 @@ def test_maps_are_not_transposed_for_wide_pictures():
     ("a cat and a dog", "cat", "sks cat", "a sks cat and a dog"), ("a Cat, please", "cat", "x", "a x, please"),
     ("category of cat", "cat", r"\1", r"category of \1"), ("a cat-dog", "dog", "d", "a cat-d")])
 def test_swapping_a_word(prompt, word, trigger, expected):
-    assert clora.swap_words(prompt, {word: trigger}) == expected
+    assert swap_words(prompt, {word: trigger}) == expected
 
 
 def test_swapping_several_words_touches_no_replacement():
     pairs = {"ball": "zib ring ball", "ring": "pel ring"}
-    assert clora.swap_words("a ball and a ring", pairs) == "a zib ring ball and a pel ring"
-    assert clora.swap_words("a ball and a ring", {"ball": "ring", "ring": "ball"}) == "a ring and a ball"
-    assert clora.swap_words("a toy  BALL", {"toy ball": "zib"}) == "a zib"
-    assert clora.swap_words("a toy ball", {}) == "a toy ball"
-    assert clora.swap_words("un cafe\u0301", {"caf\u00e9": "sks caf\u00e9"}) == "un sks caf\u00e9", "one letter in two ways"
+    assert swap_words("a ball and a ring", pairs) == "a zib ring ball and a pel ring"
+    assert swap_words("a ball and a ring", {"ball": "ring", "ring": "ball"}) == "a ring and a ball"
+    assert swap_words("a toy  BALL", {"toy ball": "zib"}) == "a zib"
+    assert swap_words("a toy ball", {}) == "a toy ball"
+    assert swap_words("un cafe\u0301", {"caf\u00e9": "sks caf\u00e9"}) == "un sks caf\u00e9", "one letter in two ways"
 
 
 @pytest.mark.parametrize("prompt, words", [("a ball2", ["ball"]), ("a ball_3", ["ball"]),
                                            ("a toy ball", ["toy ball", "ball"])])
 def test_a_part_of_a_word_is_not_swapped(prompt, words):
     with pytest.raises(ValueError, match='"ball" is no word of its own'):
-        clora.swap_words(prompt, dict.fromkeys(words, "zib"))
+        swap_words(prompt, dict.fromkeys(words, "zib"))
 
 
 @pytest.mark.parametrize("name", ["paper", "release"])

@@ -139,13 +139,12 @@ class Reader(nn.Module):
     photographs its features are for this world. It is another network than the judge, whose opinion nothing is trained for.
     """
 
-    def __init__(self, width: int = 32):
+    def __init__(self, w: int = 32):
         super().__init__()
 
         def layer(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn.Module:
             return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, dilation, dilation, bias=False),
                                  nn.GroupNorm(8, outputs), nn.SiLU())
-        w = width
         self.body = nn.ModuleList([
             nn.Sequential(layer(3, w), layer(w, w)), nn.Sequential(layer(w, 2 * w, 2), layer(2 * w, 2 * w)),
             nn.Sequential(layer(2 * w, 3 * w, 2), layer(3 * w, 3 * w)),
