@@ -77,6 +77,21 @@ class LoRAConv2d(_Adapted, nn.Conv2d):
         low = F.conv2d(x, self.down, stride=self.stride, padding=self.padding) * strength   # [B, r, h', w']
         return y + F.conv2d(low, self.up[:, :, None, None])
 
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """nn.Conv2d's own hook: x [B, in, h, w] -> [B, out, h', w'].
+
+        On the CPU a convolution begins by putting its weights in another order, at every call. At the inner levels,
+        where they are larger than the picture, that takes longer than the sums: a matrix product of every pixel's
+        3 x 3 surroundings reads the weights as they lie.
+        """
+        batch, channels, h, w = x.shape
+        if not (x.device.type == "cpu" and batch * h * w < channels and channels >= 512 and self.kernel_size == (3, 3)
+                and self.stride == (1, 1) and weight.is_contiguous(memory_format=torch.channels_last)):
+            return super()._conv_forward(x, weight, bias)
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))                   # [B, h + 2, w + 2, in]
+        around = torch.cat([padded[:, i:i + h, j:j + w] for i in range(3) for j in range(3)], dim=-1)   # [B, h, w, 9 in]
+        return F.linear(around, weight.permute(0, 2, 3, 1).flatten(1), bias).permute(0, 3, 1, 2)
+
 
 # --- one LoRA, whatever file it came from ---------------------------------------------------------------------------
 

@@ -112,7 +112,8 @@ def build(who: str, k: int, side: int, options: argparse.Namespace) -> tuple[dic
     device, dtype = options.device, DTYPES[options.dtype]
     h = side // 8
     variants = k + 1
-    layout = {"memory_format": torch.channels_last} if device == "cuda" else {}         # as load_model has it
+    # ours as load_model has it, theirs as people load it on a CPU and advise it on CUDA
+    layout = {"memory_format": torch.channels_last}
     with torch.no_grad():
         if who == "ours":
             unet = UNet(UNetConfig()).eval().requires_grad_(False).to(device, dtype, **layout)
@@ -120,11 +121,11 @@ def build(who: str, k: int, side: int, options: argparse.Namespace) -> tuple[dic
             import diffusers
             theirs = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8,
                                                     block_out_channels=(320, 640, 1280, 1280)).eval().requires_grad_(False)
-            theirs.to(device, dtype, **layout)
+            theirs.to(device, dtype, **(layout if device == "cuda" else {}))
             with torch.device("meta"):
                 unet = UNet(UNetConfig()).eval()
             unet.load_state_dict(theirs.state_dict(), assign=True)
-            unet.requires_grad_(False)
+            unet.requires_grad_(False).to(**layout)
     generator = torch.Generator().manual_seed(2)
     context = torch.randn(2 * variants, 77, 768, generator=generator).to(device, dtype)
     latents = torch.randn(options.batch, 4, h, h, generator=generator).to(device, dtype)

@@ -1,7 +1,8 @@
 """Times one forward of the bare UNet and one VAE decode, ours against diffusers: python bench/unet.py
 
-Same random weights (shared), inputs and threads; the two alternate in one process; diffusers uses its own default,
-PyTorch's fused attention. Prints a Markdown table. On CUDA the clock is read when the device has ended.
+Same random weights, inputs and threads; the two alternate in one process; diffusers uses its own default, PyTorch's
+fused attention, and on a CPU weights as they lie in the file (--channels-last: in the layout of ours). Prints a Markdown
+table. On CUDA the clock is read when the device has ended.
 
 `--lora` times our UNet with a LoRA instead: its factors applied in every layer, as clora.py does it, against a UNet with
 the LoRA merged into its weights, and how long such a merging takes.
@@ -36,9 +37,9 @@ def pair(theirs: torch.nn.Module, make, options: argparse.Namespace) -> tuple[to
     with torch.device("meta"):
         ours = make().eval()
     ours.load_state_dict(theirs.state_dict(), assign=True)
-    if options.device == "cuda":
-        ours, theirs = (module.to(memory_format=torch.channels_last) for module in (ours, theirs))
-    return ours.requires_grad_(False), theirs
+    if options.device == "cuda" or options.channels_last:
+        theirs.to(memory_format=torch.channels_last)
+    return ours.requires_grad_(False).to(memory_format=torch.channels_last), theirs         # as load_model has it
 
 
 def alternate(calls: dict, runs: int, cuda: bool) -> dict[str, list[float]]:
@@ -85,6 +86,7 @@ def main(options: argparse.Namespace) -> None:
         with torch.device("meta"):
             merged = UNet(UNetConfig()).eval().requires_grad_(False)
         merged.load_state_dict({**ours.state_dict(), **changed}, assign=True)
+        merged.to(memory_format=torch.channels_last)
         lora.attach(ours, [one])
     for side in options.sizes:
         for rows in options.rows:
@@ -117,6 +119,7 @@ if __name__ == "__main__":
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--channels-last", action="store_true", help="diffusers too (on CUDA always)")
     parser.add_argument("--lora", action="store_true", help="a LoRA applied against the same LoRA merged")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     main(parser.parse_args())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lora import LoRA, attach, merged_weights
+from lora import LoRA, LoRAConv2d, attach, merged_weights
 from unet import UNet, UNetConfig
 from weights import load_model
 from weights.lora import read_lora
@@ -492,6 +492,40 @@ def test_attach_to_another_model_is_refused(several):
                             up_block_types=("CrossAttnUpBlock2D",) * 2, cross_attention_dim=32, attention_head_dim=8))
     with pytest.raises(ValueError, match="has no layer"):
         attach(small, several)
+
+
+def in_float64(conv: LoRAConv2d, x: Tensor) -> Tensor:
+    return nn.functional.conv2d(x.double(), conv.weight.double(), conv.bias.double(), stride=conv.stride, padding=1)
+
+
+@pytest.mark.parametrize("rows, size", [(1, (6, 6)), (3, (5, 9)), (2, (1, 1)), (1, (22, 23))])
+def test_kernels_larger_than_the_picture_are_read_as_they_lie(rows, size, monkeypatch):
+    """The matrix product that stands for such a convolution: the same result, and for the same gradient."""
+    torch.manual_seed(0)
+    conv = LoRAConv2d(512, 24, 3, padding=1).to(memory_format=torch.channels_last).requires_grad_(False)
+    x = torch.randn(rows, 512, *size, requires_grad=True)
+    weights = torch.randn(rows, 24, *size)
+    expected = in_float64(conv, x)
+    gradient, = torch.autograd.grad((expected * weights).sum(), x)
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", None)          # else this could be any convolution
+    out = conv(x)
+    ours, = torch.autograd.grad((out * weights).sum(), x)
+    assert out.shape == expected.shape and relative(out, expected) < 1e-6 and relative(ours, gradient) < 1e-6
+    assert torch.equal(conv(x.to(memory_format=torch.channels_last)), out)
+
+
+def test_other_convolutions_stay_as_they_are(monkeypatch):
+    """Strides, kernels in the published layout, few channels, large pictures: all at nn.Conv2d."""
+    calls: list[int] = []
+    plain = nn.Conv2d._conv_forward
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda *inputs: calls.append(1) or plain(*inputs))
+    lying = {"memory_format": torch.channels_last}
+    for conv, size in ((LoRAConv2d(512, 8, 3, stride=2, padding=1).to(**lying), 6), (LoRAConv2d(512, 8, 3, padding=1), 6),
+                       (LoRAConv2d(64, 8, 3, padding=1).to(**lying), 4), (LoRAConv2d(512, 8, 3, padding=1).to(**lying), 23)):
+        x = torch.randn(1, conv.in_channels, size, size)
+        with torch.no_grad():
+            assert relative(conv(x), in_float64(conv, x)) < 1e-5
+    assert len(calls) == 4
 
 
 def test_gradient_reaches_the_latents_through_adapters(unet, several):

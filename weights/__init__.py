@@ -99,19 +99,19 @@ def _load_folder(folder: Path, name: str, device: str, dtype: torch.dtype) -> Mo
         raise ValueError(f"{folder} looks like SDXL; this is an SD 1.x implementation")
     files: list[Path] = []
 
-    def state(part: str, stem: str, old: str) -> dict[str, Tensor]:
+    def reader(part: str, stem: str, old: str) -> Callable[[], dict[str, Tensor]]:
         path = _weights_file(folder / part, stem, old)
         files.append(path)
-        return read_state(path)
+        return lambda: read_state(path)
 
     unet_config = _parse(UNetConfig.from_dict, folder / "unet/config.json")
     vae_config = _parse(VAEConfig.from_dict, folder / "vae/config.json")
-    unet_state = state("unet", "diffusion_pytorch_model", "diffusion_pytorch_model.bin")
-    unet = _fill(lambda: UNet(unet_config), unet_state, files[-1], device, dtype)
-    vae_state = _modern_vae(state("vae", "diffusion_pytorch_model", "diffusion_pytorch_model.bin"))
-    vae = _fill(lambda: VAE(vae_config), vae_state, files[-1], device, _vae_dtype(dtype))
+    read_unet = reader("unet", "diffusion_pytorch_model", "diffusion_pytorch_model.bin")
+    unet = _fill(lambda: UNet(unet_config), read_unet, files[-1], device, dtype)
+    read_vae = reader("vae", "diffusion_pytorch_model", "diffusion_pytorch_model.bin")
+    vae = _fill(lambda: VAE(vae_config), lambda: _modern_vae(read_vae()), files[-1], device, _vae_dtype(dtype))
     text_config = _read_json(folder / "text_encoder/config.json")
-    text = _text_model(text_config, state("text_encoder", "model", "pytorch_model.bin"), files[-1], device, dtype)
+    text = _text_model(text_config, reader("text_encoder", "model", "pytorch_model.bin")(), files[-1], device, dtype)
     if text_config.get("hidden_size") != unet_config.cross_attention_dim:
         raise ValueError(f"{folder}: the text encoder is {text_config.get('hidden_size')} wide, "
                          f"the UNet reads {unet_config.cross_attention_dim}: they are not of one model")
@@ -174,10 +174,13 @@ def _load_single_file(path: Path, name: str, device: str, dtype: torch.dtype) ->
         raise ValueError(f"{path} is no Stable Diffusion checkpoint in the LDM layout: {key} is missing")
     if first.shape[1] != 4:
         raise ValueError(f"{path} takes {first.shape[1]} channels; it looks like an inpainting or another special model")
-    parts = from_ldm(state)
-    unet = _fill(UNet, parts["unet"], path, device, dtype)
-    vae = _fill(VAE, parts["vae"], path, device, _vae_dtype(dtype))
-    text = _text_model(SD15_TEXT, parts["text_encoder"], path, device, dtype)
+
+    def part(name: str) -> dict[str, Tensor]:
+        return from_ldm(state if is_pickle(path) else read_state(path))[name]
+
+    unet = _fill(UNet, lambda: part("unet"), path, device, dtype)
+    vae = _fill(VAE, lambda: part("vae"), path, device, _vae_dtype(dtype))
+    text = _text_model(SD15_TEXT, part("text_encoder"), path, device, dtype)
     beside = path.parent / "tokenizer"
     given = any((beside / name).is_file() for name in ("vocab.json", "tokenizer.json"))
     folder = beside if given else _fetch_tokenizer(path)
@@ -324,8 +327,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
     raise ValueError(f"{path} {printable(reason, 600)}")
 
 
-def _fill(make: Callable[[], nn.Module], state: dict[str, Tensor], path: Path, device: str, dtype: torch.dtype):
-    """A module made without memory of its own, whose parameters are the file's tensors."""
+def _fill(make: Callable[[], nn.Module], read: Callable[[], dict[str, Tensor]], path: Path, device: str,
+          dtype: torch.dtype):
+    """A module made without memory of its own, whose parameters are the tensors that `read` maps: as they lie in the file,
+    but for the kernels of convolutions, which lie channels last, the layout that is fastest everywhere."""
+    state = read()
     try:
         with torch.device("meta"):
             module = make()
@@ -340,10 +346,13 @@ def _fill(make: Callable[[], nn.Module], state: dict[str, Tensor], path: Path, d
     for key, shape in wanted.items():
         if state[key].shape != shape:
             raise ValueError(f"{path}: {key} has shape {list(state[key].shape)}, the config asks for {list(shape)}")
+    if torch.device(device).type == "cpu" and not is_pickle(path):
+        # copied from a mapping of their own, which ends here: pages of the other that nobody reads take no memory
+        state = state | {key: value.contiguous(memory_format=torch.channels_last) for key, value in read().items()
+                         if value.dim() == 4 and value.dtype == dtype
+                         and not value.is_contiguous(memory_format=torch.channels_last)}
     module.load_state_dict({key: value.to(device, dtype) for key, value in state.items()}, assign=True)
-    # The layout that convolutions are fastest in, but not for weights that are used as they lie in the file, mapped.
-    if torch.device(device).type != "cpu" or any(value.dtype != dtype for value in state.values()):
-        module.to(memory_format=torch.channels_last)        # type: ignore[call-overload]
+    module.to(memory_format=torch.channels_last)            # type: ignore[call-overload]
     return module.eval().requires_grad_(False)
 
 
@@ -357,7 +366,7 @@ def _text_model(config: dict, state: dict[str, Tensor], path: Path, device: str,
              if not key.endswith(("position_ids", "text_projection.weight"))}         # of other forms of the class
     if nested:
         state = {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in state.items()}
-    model = _fill(lambda: CLIPTextModel(CLIPTextConfig(**keep)), state, path, device, dtype)
+    model = _fill(lambda: CLIPTextModel(CLIPTextConfig(**keep)), lambda: state, path, device, dtype)
     for module in model.modules():                  # buffers outside the state dict were made on the meta device
         if "position_ids" in module._buffers:
             module.position_ids = torch.arange(keep.get("max_position_embeddings", 77), device=device)[None]
