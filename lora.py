@@ -85,8 +85,10 @@ class LoRAConv2d(_Adapted, nn.Conv2d):
         3 x 3 surroundings reads the weights as they lie.
         """
         batch, channels, h, w = x.shape
-        if not (x.device.type == "cpu" and batch * h * w < channels and channels >= 512 and self.kernel_size == (3, 3)
-                and self.stride == (1, 1) and weight.is_contiguous(memory_format=torch.channels_last)):
+        shape = self.kernel_size, self.stride, self.padding, self.dilation, self.groups
+        if not (x.device.type == "cpu" and batch * h * w < channels and channels >= 512
+                and shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+                and weight.is_contiguous(memory_format=torch.channels_last)):
             return super()._conv_forward(x, weight, bias)
         padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))                   # [B, h + 2, w + 2, in]
         around = torch.cat([padded[:, i:i + h, j:j + w] for i in range(3) for j in range(3)], dim=-1)   # [B, h, w, 9 in]

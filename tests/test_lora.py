@@ -495,7 +495,7 @@ def test_attach_to_another_model_is_refused(several):
 
 
 def in_float64(conv: LoRAConv2d, x: Tensor) -> Tensor:
-    return nn.functional.conv2d(x.double(), conv.weight.double(), conv.bias.double(), stride=conv.stride, padding=1)
+    return nn.functional.conv2d(x.double(), conv.weight.double(), conv.bias.double(), conv.stride, conv.padding)
 
 
 @pytest.mark.parametrize("rows, size", [(1, (6, 6)), (3, (5, 9)), (2, (1, 1)), (1, (22, 23))])
@@ -515,17 +515,18 @@ def test_kernels_larger_than_the_picture_are_read_as_they_lie(rows, size, monkey
 
 
 def test_other_convolutions_stay_as_they_are(monkeypatch):
-    """Strides, kernels in the published layout, few channels, large pictures: all at nn.Conv2d."""
+    """Strides, no padding, kernels in the published layout, few channels, large pictures: all at nn.Conv2d."""
     calls: list[int] = []
     plain = nn.Conv2d._conv_forward
     monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda *inputs: calls.append(1) or plain(*inputs))
     lying = {"memory_format": torch.channels_last}
-    for conv, size in ((LoRAConv2d(512, 8, 3, stride=2, padding=1).to(**lying), 6), (LoRAConv2d(512, 8, 3, padding=1), 6),
+    for conv, size in ((LoRAConv2d(512, 8, 3, stride=2, padding=1).to(**lying), 6), (LoRAConv2d(512, 8, 3).to(**lying), 6),
+                       (LoRAConv2d(512, 8, 1).to(**lying), 6), (LoRAConv2d(512, 8, 3, padding=1), 6),
                        (LoRAConv2d(64, 8, 3, padding=1).to(**lying), 4), (LoRAConv2d(512, 8, 3, padding=1).to(**lying), 23)):
         x = torch.randn(1, conv.in_channels, size, size)
         with torch.no_grad():
             assert relative(conv(x), in_float64(conv, x)) < 1e-5
-    assert len(calls) == 4
+    assert len(calls) == 6
 
 
 def test_gradient_reaches_the_latents_through_adapters(unet, several):
