@@ -112,20 +112,21 @@ def build(who: str, k: int, side: int, options: argparse.Namespace) -> tuple[dic
     device, dtype = options.device, DTYPES[options.dtype]
     h = side // 8
     variants = k + 1
-    # ours as load_model has it, theirs as people load it on a CPU and advise it on CUDA
-    layout = {"memory_format": torch.channels_last}
     with torch.no_grad():
         if who == "ours":
-            unet = UNet(UNetConfig()).eval().requires_grad_(False).to(device, dtype, **layout)
+            unet = UNet(UNetConfig()).eval().requires_grad_(False).to(device, dtype)
         else:
             import diffusers
             theirs = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8,
                                                     block_out_channels=(320, 640, 1280, 1280)).eval().requires_grad_(False)
-            theirs.to(device, dtype, **(layout if device == "cuda" else {}))
+            theirs.to(device, dtype)
+            if device == "cuda":                        # as its users are advised to; on a CPU it stays as in the file
+                theirs.to(memory_format=torch.channels_last)
             with torch.device("meta"):
                 unet = UNet(UNetConfig()).eval()
             unet.load_state_dict(theirs.state_dict(), assign=True)
-            unet.requires_grad_(False).to(**layout)
+            unet.requires_grad_(False)
+        unet.to(memory_format=torch.channels_last)      # as load_model has it
     generator = torch.Generator().manual_seed(2)
     context = torch.randn(2 * variants, 77, 768, generator=generator).to(device, dtype)
     latents = torch.randn(options.batch, 4, h, h, generator=generator).to(device, dtype)

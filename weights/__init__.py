@@ -97,21 +97,15 @@ def _load_folder(folder: Path, name: str, device: str, dtype: torch.dtype) -> Mo
     index = _read_json(folder / "model_index.json")
     if "XL" in str(index.get("_class_name", "")) or "text_encoder_2" in index:
         raise ValueError(f"{folder} looks like SDXL; this is an SD 1.x implementation")
-    files: list[Path] = []
-
-    def reader(part: str, stem: str, old: str) -> Callable[[], dict[str, Tensor]]:
-        path = _weights_file(folder / part, stem, old)
-        files.append(path)
-        return lambda: read_state(path)
-
     unet_config = _parse(UNetConfig.from_dict, folder / "unet/config.json")
     vae_config = _parse(VAEConfig.from_dict, folder / "vae/config.json")
-    read_unet = reader("unet", "diffusion_pytorch_model", "diffusion_pytorch_model.bin")
-    unet = _fill(lambda: UNet(unet_config), read_unet, files[-1], device, dtype)
-    read_vae = reader("vae", "diffusion_pytorch_model", "diffusion_pytorch_model.bin")
-    vae = _fill(lambda: VAE(vae_config), lambda: _modern_vae(read_vae()), files[-1], device, _vae_dtype(dtype))
+    unet_file = _weights_file(folder / "unet", "diffusion_pytorch_model", "diffusion_pytorch_model.bin")
+    unet = _fill(lambda: UNet(unet_config), lambda: read_state(unet_file), unet_file, device, dtype)
+    vae_file = _weights_file(folder / "vae", "diffusion_pytorch_model", "diffusion_pytorch_model.bin")
+    vae = _fill(lambda: VAE(vae_config), lambda: _modern_vae(read_state(vae_file)), vae_file, device, _vae_dtype(dtype))
     text_config = _read_json(folder / "text_encoder/config.json")
-    text = _text_model(text_config, reader("text_encoder", "model", "pytorch_model.bin")(), files[-1], device, dtype)
+    text_file = _weights_file(folder / "text_encoder", "model", "pytorch_model.bin")
+    text = _text_model(text_config, read_state(text_file), text_file, device, dtype)
     if text_config.get("hidden_size") != unet_config.cross_attention_dim:
         raise ValueError(f"{folder}: the text encoder is {text_config.get('hidden_size')} wide, "
                          f"the UNet reads {unet_config.cross_attention_dim}: they are not of one model")
@@ -126,7 +120,7 @@ def _load_folder(folder: Path, name: str, device: str, dtype: torch.dtype) -> Mo
         raise ValueError(f"{folder / 'clora.json'}: this UNet has no maps at map_level {level!r}")
     beside = ["unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json",
               "clora.json", *(f"tokenizer/{file}" for file in TOKENIZER_FILES)]
-    files += [folder / file for file in beside if (folder / file).is_file()]
+    files = [unet_file, vae_file, text_file, *(folder / file for file in beside if (folder / file).is_file())]
     return Model(unet, vae, _text_encoder(folder / "tokenizer", text),
                  _read_json(folder / "scheduler/scheduler_config.json") | SCHEDULER_ALWAYS, name, files, settings)
 
