@@ -42,7 +42,7 @@ class Recipe:
     """Every choice of the method. The defaults are the paper's; where it is silent the release's, and the usual guidance."""
 
     steps: int = 50                     # denoising steps
-    scheduler: str = "ddim"             # ddim, pndm, dpm++ or lcm
+    scheduler: str = "ddim"             # ddim, pndm, dpm++, dpm++-karras or lcm
     eta: float = 0.0                    # noise added by DDIM, 0 (none) to 1 (DDPM)
     guidance: float = 7.5               # classifier-free guidance scale
     guidance_rescale: float = 0.0       # phi of arXiv 2305.08891, eq. 16; 0 is off

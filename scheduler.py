@@ -1,4 +1,4 @@
-"""Samplers, built from the published scheduler_config.json: DDIM, PNDM as SD 1.5 ships it, DPM-Solver++ (2M), LCM.
+"""Samplers, built from the published scheduler_config.json: DDIM, PNDM as SD 1.5 ships it, DPM-Solver++ 2M (Karras), LCM.
 
 A scheduler is stateless: `step` returns new latents and the history that the next step needs, and changes nothing.
 
@@ -27,9 +27,9 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 # What every published SD 1.x config has, where it has the key at all: {key: the values that change nothing here}
 FIXED: dict[str, tuple] = {
     "trained_betas": (None,), "thresholding": (False,), "rescale_betas_zero_snr": (False,), "skip_prk_steps": (True,),
-    "use_karras_sigmas": (False, None), "use_exponential_sigmas": (False, None), "use_beta_sigmas": (False, None),
-    "use_lu_lambdas": (False, None), "use_flow_sigmas": (False, None), "euler_at_final": (False,), "solver_order": (2,),
-    "algorithm_type": ("dpmsolver++",), "solver_type": ("midpoint",), "final_sigmas_type": ("zero",),
+    "use_exponential_sigmas": (False, None), "use_beta_sigmas": (False, None), "use_lu_lambdas": (False, None),
+    "use_flow_sigmas": (False, None), "euler_at_final": (False,), "solver_order": (2,), "algorithm_type": ("dpmsolver++",),
+    "solver_type": ("midpoint",), "final_sigmas_type": ("zero",),
 }
 
 
@@ -46,7 +46,7 @@ class Scheduler:
         if prediction != "epsilon":
             looks = "it looks like SD 2.x (v-prediction), and this" if prediction == "v_prediction" else "this"
             raise ValueError(f"the scheduler's prediction_type is {prediction!r}; {looks} is an SD 1.x implementation")
-        own = [name for name, key in CLASSES.items() if SCHEDULERS[key] is type(self)]
+        own = [name for name, key in CLASSES.items() if isinstance(self, SCHEDULERS[key])]
         options = self.options if config.get("_class_name") in (None, *own) else ()     # another sampler's mean nothing here
         for key in ("trained_betas", "thresholding", "rescale_betas_zero_snr", *options):
             if key in config and config[key] not in FIXED[key]:
@@ -67,11 +67,12 @@ class Scheduler:
         # what stands for "before the first timestep" (DDIM, section C.1)
         self.final_alpha = 1.0 if config.get("set_alpha_to_one", self.set_alpha_to_one) else self.alphas[0]
         self.timesteps = self.make_timesteps()
-        if len({*self.timesteps}) < steps:
-            raise ValueError(f"{steps} steps are more than this sampler has timesteps for; use fewer")
         if max(self.timesteps) >= self.train_steps:
             raise ValueError(f"{steps} steps with steps_offset {config['steps_offset']} would begin at timestep "
                              f"{max(self.timesteps)}, beyond the last one, {self.train_steps - 1}: use fewer steps")
+        self.levels = self.make_levels()
+        if len({*self.levels}) < steps:
+            raise ValueError(f"{steps} steps are more than this sampler has timesteps for; use fewer")
 
     def make_timesteps(self) -> tuple[int, ...]:
         """Descending timesteps ("leading", "trailing", "linspace": arXiv 2305.08891, table 2)."""
@@ -84,6 +85,10 @@ class Scheduler:
         if spacing == "linspace":
             return tuple(np.linspace(0, total - 1, self.steps).round()[::-1].astype(int).tolist())
         raise ValueError(f"scheduler_config.json: timestep_spacing {spacing!r} is not known")
+
+    def make_levels(self) -> tuple[float, ...]:
+        """a_t of the latents at every step: as the schedule has it at the step's timestep."""
+        return tuple(self.alpha(t) for t in self.timesteps)
 
     def step(self, noise: Tensor, i: int, latents: Tensor, history: History = (),
              generator: Generators = None) -> tuple[Tensor, History]:
@@ -99,7 +104,7 @@ class Scheduler:
 
     def predict_x0(self, noise: Tensor, i: int, latents: Tensor) -> Tensor:
         """The picture that this noise prediction implies: x0 = (z_t - sqrt(1 - a_t) eps) / sqrt(a_t), same shape."""
-        a = self.alpha(self.timesteps[i])
+        a = self.levels[i]
         return (latents - math.sqrt(1 - a) * noise) / math.sqrt(a)
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
@@ -197,8 +202,8 @@ class DPMSolverPP(Scheduler):
     """DPM-Solver++ (2M), arXiv 2211.01095, algorithm 2, midpoint; the last step is of first order and ends at x0."""
 
     timestep_spacing = "linspace"
-    options = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas",
-               "euler_at_final", "solver_order", "algorithm_type", "solver_type", "final_sigmas_type")
+    options = ("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas", "euler_at_final",
+               "solver_order", "algorithm_type", "solver_type", "final_sigmas_type")
 
     def make_timesteps(self) -> tuple[int, ...]:
         # one more than asked for and the last left out: the end, t = 0, is a point of its own
@@ -217,7 +222,7 @@ class DPMSolverPP(Scheduler):
             return x0, ()               # sigma is 0 there: all that is left is the estimate
 
         def point(n: int) -> tuple[float, float, float]:
-            a = self.alphas[self.timesteps[n]]
+            a = self.levels[n]
             return math.sqrt(a), math.sqrt(1 - a), 0.5 * math.log(a / (1 - a))      # alpha, sigma, lambda
         (_, sigma, now), (alpha_next, sigma_next, then) = point(i), point(i + 1)
         h = then - now
@@ -226,6 +231,21 @@ class DPMSolverPP(Scheduler):
             ratio = (now - point(i - 1)[2]) / h
             mean = x0 + (x0 - history[0]) / (2 * ratio)
         return sigma_next / sigma * latents - alpha_next * math.expm1(-h) * mean, (x0,)
+
+
+class KarrasDPMSolverPP(DPMSolverPP):
+    """The same at other noise levels, "DPM++ 2M Karras": sigma = sqrt((1 - a) / a) as in arXiv 2206.00364, eq. 5, rho 7."""
+
+    def make_timesteps(self) -> tuple[int, ...]:
+        # the nearest ones are what the UNet is told; two steps may share one
+        a = np.array(self.alphas, np.float32)
+        known = np.log(np.sqrt((1 - a) / a))                                        # [train_steps], ascending
+        t = np.interp([0.5 * math.log(1 / level - 1) for level in self.make_levels()], known, np.arange(len(known)))
+        return tuple((t if self.config.get("beta_schedule") == "squaredcos_cap_v2" else t.round()).astype(int).tolist())
+
+    def make_levels(self) -> tuple[float, ...]:
+        low, high = (math.sqrt((1 - a) / a) ** (1 / 7) for a in (self.alphas[0], self.alphas[-1]))
+        return tuple(1 / (1 + root ** 14) for root in np.linspace(high, low, self.steps).tolist())
 
 
 class LCM(Scheduler):
@@ -259,7 +279,8 @@ class LCM(Scheduler):
         return math.sqrt(then) * clean + math.sqrt(1 - then) * fresh_noise(clean, generator), ()
 
 
-SCHEDULERS: dict[str, type[Scheduler]] = {"ddim": DDIM, "pndm": PNDM, "dpm++": DPMSolverPP, "lcm": LCM}
+SCHEDULERS: dict[str, type[Scheduler]] = {
+    "ddim": DDIM, "pndm": PNDM, "dpm++": DPMSolverPP, "dpm++-karras": KarrasDPMSolverPP, "lcm": LCM}
 CLASSES = {"DDIMScheduler": "ddim", "PNDMScheduler": "pndm", "DPMSolverMultistepScheduler": "dpm++", "LCMScheduler": "lcm"}
 
 
@@ -273,9 +294,11 @@ def make_scheduler(config: dict, steps: int, name: str | None = None, eta: float
         if kind not in CLASSES:
             raise ValueError(f"scheduler_config.json: {kind or 'no class'} is not supported; "
                              f"choose one with --scheduler {', '.join(SCHEDULERS)}")
-        return SCHEDULERS[CLASSES[kind]](config, steps, eta)
-    if name not in SCHEDULERS:
+        name = CLASSES[kind]
+    elif name not in SCHEDULERS:
         raise ValueError(f"there is no scheduler called {name}; choose from {', '.join(SCHEDULERS)}")
-    if name == "pndm":                  # the only form there is here; a config of another class does not say
+    elif name == "pndm":                # the only form there is here; a config of another class does not say
         config = {"skip_prk_steps": True, **config}
+    if name == "dpm++" and config.get("use_karras_sigmas"):         # of any class, as in diffusers
+        name = "dpm++-karras"
     return SCHEDULERS[name](config, steps, eta)

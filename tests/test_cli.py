@@ -177,7 +177,7 @@ def test_text_lora_can_be_left_out(tmp_path):
 @pytest.mark.parametrize("flags", [
     ["--alpha", "3"], ["--temperature", "0.2"], ["--threshold", "0.8"], ["--update-until", "-1"], ["--mask-from", "2"],
     ["--maps-from", "both"], ["--noise-from", "before"], ["--dilate"], ["--guidance", "3"], ["--guidance-rescale", "0.7"],
-    ["--clip-skip", "1"], ["--scheduler", "pndm"], ["--scheduler", "dpm++"], ["--eta", "0.5"],
+    ["--clip-skip", "1"], ["--scheduler", "pndm"], ["--scheduler", "dpm++-karras"], ["--eta", "0.5"],
     ["--scheduler", "lcm"],
     ["--recipe", "release", "--steps", "3"], ["--negative", "nsfw"], ["--refine-at", "1"], ["--rescale-maps"],
     ["--seed", "9"], ["--dtype", "bfloat16"], ["--update-every", "2"], ["--uncond-from", "base"], ["--refine-stop", "1"],

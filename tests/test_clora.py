@@ -312,9 +312,9 @@ def test_a_batch_has_the_gradients_of_its_pictures(name, low_memory):
         assert ((gradient[0] - gradients[b]).norm() / gradient.norm()).item() < 1e-12
 
 
-@pytest.mark.parametrize("changes", [{}, {"scheduler": "pndm"}, {"scheduler": "dpm++"}, {"eta": 0.7}, {"maps_from": "both"},
-                                     {"uncond_from": "base", "update_every": 2}, {"refine_stop": 0.01},
-                                     {"update_stop": 0.05, "mask_every": 2}])
+@pytest.mark.parametrize("changes", [{}, {"scheduler": "pndm"}, {"scheduler": "dpm++-karras"}, {"eta": 0.7},
+                                     {"maps_from": "both"}, {"uncond_from": "base", "update_every": 2},
+                                     {"refine_stop": 0.01}, {"update_stop": 0.05, "mask_every": 2}])
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_a_batch_gives_what_its_pictures_give_alone(changes, low_memory):
     model, plan = tiny_model()

@@ -56,6 +56,29 @@ def test_a_step_of_lcm_by_hand():
     assert (ours - scheduler.predict_x0(noise, 3, z)).abs().max() < 1e-5
 
 
+def test_karras_levels_by_hand():
+    """Eq. 5 of arXiv 2206.00364 between the schedule's own ends; the UNet is told the nearest timestep, twice at the end."""
+    scheduler = make_scheduler(SD15, 50, "dpm++-karras")
+    ends = [math.sqrt(1 / alpha_by_hand(t) - 1) ** (1 / 7) for t in (999, 0)]
+    for i, (t, a) in enumerate(zip(scheduler.timesteps, scheduler.levels)):
+        sigma = (ends[0] + i / 49 * (ends[1] - ends[0])) ** 7
+        assert math.sqrt(1 / a - 1) == pytest.approx(sigma, rel=1e-4)        # 1 - a of float32 products
+        near = [n for n in (t - 1, t, t + 1) if 0 <= n < 1000]
+        away = {n: abs(math.log(sigma) - 0.5 * math.log(1 / alpha_by_hand(n) - 1)) for n in near}
+        assert away[t] < min(away.values()) + 1e-3
+    assert scheduler.timesteps[0] == 999 and scheduler.timesteps[-3:] == (1, 1, 0)
+
+
+@pytest.mark.parametrize("config, name, karras", [
+    ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, None, True),
+    ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}, "dpm++", True),      # as from_config in diffusers
+    ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}, "ddim", False),
+    ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": False}, None, False),
+    ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": None}, None, False), ({}, "dpm++-karras", True)])
+def test_whose_levels_are_karras(config, name, karras):
+    assert (type(make_scheduler({**SD15, **config}, 10, name)) is SCHEDULERS["dpm++-karras"]) is karras
+
+
 @pytest.mark.parametrize("name", ["ddim", "lcm"])
 def test_every_row_has_its_own_noise(name):
     z, noise = pair()
@@ -96,7 +119,7 @@ def test_the_true_noise_leads_back_to_the_picture(name):
             noise = (z - math.sqrt(scheduler.alpha(t)) * clean) / math.sqrt(1 - scheduler.alpha(t))
         assert (scheduler.predict_x0(noise, i, z) - clean).abs().max() < 1e-5
         z, history = scheduler.step(noise, i, z, history)
-    last = 0 if name in ("dpm++", "lcm") else 1 - scheduler.final_alpha
+    last = 0 if name in ("dpm++", "dpm++-karras", "lcm") else 1 - scheduler.final_alpha
     assert (z - math.sqrt(1 - last) * clean - math.sqrt(last) * noise).abs().max() < 1e-5
 
 
@@ -128,7 +151,8 @@ def test_precision_is_kept(name, dtype):
     ({"thresholding": True}, "ddim", "thresholding"), ({"rescale_betas_zero_snr": True}, "ddim", "rescale_betas_zero_snr"),
     ({"skip_prk_steps": False}, None, "skip_prk_steps"), ({"beta_schedule": "wild"}, None, "wild"),
     ({"timestep_spacing": "wild"}, "ddim", "wild"),
-    ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True}, "dpm++", "use_karras_sigmas"),
+    ({"_class_name": "DPMSolverMultistepScheduler", "use_lu_lambdas": True}, "dpm++-karras", "use_lu_lambdas"),
+    ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True, "solver_order": 3}, None, "solver_order"),
     ({"_class_name": None, "solver_order": 3}, "dpm++", "solver_order"), ({}, "euler", "euler"),
     ({"original_inference_steps": 9}, "lcm", "at most 9 steps"), ({"prediction_type": "sample"}, None, "'sample'; this is"),
     *[({key: value}, "lcm", f"{key} cannot be") for key in ("original_inference_steps", "timestep_scaling")
@@ -141,7 +165,7 @@ def test_configs_that_are_refused(change, name, word):
 
 
 @pytest.mark.parametrize("config", [
-    {"_class_name": "UniPCMultistepScheduler", "solver_type": "bh2", "solver_order": 3, "use_karras_sigmas": True},
+    {"_class_name": "UniPCMultistepScheduler", "solver_type": "bh2", "solver_order": 3},
     {"_class_name": "DEISMultistepScheduler", "algorithm_type": "deis", "solver_type": "logrho"}])
 def test_options_of_another_sampler_mean_nothing(config):
     z, noise = pair()

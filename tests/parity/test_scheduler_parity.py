@@ -44,6 +44,24 @@ def test_every_step(name, eta, offset, steps):
     compare(name, steps, {**BASE, **OWN[name], "steps_offset": offset, "timestep_spacing": "leading"}, eta)
 
 
+@pytest.mark.parametrize("schedule", ["scaled_linear", "linear"])
+@pytest.mark.parametrize("steps", [1, 2, 8, 20, 50, 300])
+def test_every_step_at_karras_levels(steps, schedule):
+    compare("dpm++", steps, {**BASE, "use_karras_sigmas": True, "beta_schedule": schedule})
+
+
+@pytest.mark.parametrize("schedule", ["scaled_linear", "linear", "squaredcos_cap_v2"])
+def test_karras_levels_of_every_number_of_steps(schedule):
+    config = {**BASE, "use_karras_sigmas": True, "beta_schedule": schedule}
+    for steps in (*range(1, 60), 333, 1000):
+        theirs = diffusers.DPMSolverMultistepScheduler(**config)
+        theirs.set_timesteps(steps)
+        ours = make_scheduler(config, steps, "dpm++")
+        assert list(ours.timesteps) == theirs.timesteps.tolist()
+        for a, sigma in zip(ours.levels, theirs.sigmas.tolist()):
+            assert (1 / a - 1) ** 0.5 == pytest.approx(sigma, rel=1e-6)
+
+
 @pytest.mark.parametrize("more", [{}, {"clip_sample": True}, {"original_inference_steps": 100, "timestep_scaling": 3.0},
                                   {"steps_offset": 1, "timestep_spacing": "trailing"}])
 @pytest.mark.parametrize("steps", [1, 2, 4, 8, 50])
