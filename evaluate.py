@@ -479,7 +479,7 @@ def bootstrap(values: np.ndarray, groups: np.ndarray, rounds: int = 2000) -> tup
 
 
 # figures of the table: heading, key of a result, how it is written
-FIGURES = (("success", "success", "{:.0%}"), ("a subject is missing", "missing", "{:.0%}"),
+FIGURES = (("success", "success", "{:.0%}"), ("a subject is missing or looks wrong", "missing", "{:.0%}"),
            ("a texture leaks", "leak", "{:.0%}"), ("the style is there", "styled", "{:.0%}"),
            ("mask of a subject", "mask", "{:.0%}"), ("DINO min", "dino_min", "{:.3f}"),
            ("DINO avg", "dino_avg", "{:.3f}"), ("DINO max", "dino_max", "{:.3f}"), ("CLIP", "clip", "{:.3f}"))
@@ -762,8 +762,10 @@ def make_parser() -> Parser:
     parser.add_argument("--set", metavar="JSON",
                         help='settings changed for all methods, as {"alpha": 2}, but for what makes a method what it is '
                         '(the steps of dpm-20); step numbers do not move with "steps"')
-    parser.add_argument("--dino", metavar="MODEL", help="picture encoder, folder or hub id (default: of the world)")
-    parser.add_argument("--clip", metavar="MODEL", help="CLIP, folder or hub id (default: of the world)")
+    parser.add_argument("--dino", metavar="MODEL", help="picture encoder, folder or hub id (default: facebook/dino-vits16; "
+                        "with the embedded model its own CLIP)")
+    parser.add_argument("--clip", metavar="MODEL", help="folder or hub id (default: openai/clip-vit-base-patch32; with the "
+                        "embedded model its own)")
     parser.add_argument("--no-scores", action="store_true", help="no DINO and CLIP scores")
     parser.add_argument("--out", default="runs/evaluate", metavar="FOLDER")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

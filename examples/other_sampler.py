@@ -24,8 +24,7 @@ class Euler(Scheduler):
 
     def step(self, noise: Tensor, i: int, latents: Tensor, history: History = (),
              generator: Generators = None) -> tuple[Tensor, History]:
-        last = i == len(self.timesteps) - 1
-        now, then = self.alpha(self.timesteps[i]), self.final_alpha if last else self.alpha(self.timesteps[i + 1])
+        now, then = (*self.levels, self.final_alpha)[i:i + 2]
         sigma, next_sigma = (math.sqrt((1 - a) / a) for a in (now, then))
         x = latents / math.sqrt(now) + (next_sigma - sigma) * noise
         return x * math.sqrt(then), ()
