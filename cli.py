@@ -13,7 +13,7 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,27 +185,36 @@ def check_device(device: str) -> None:
         raise ValueError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); use --device cpu") from None
 
 
+def read_subject(load: Callable[[str], LoRA], file: str, words: str) -> Subject:
+    """FILE[:WEIGHT] and SUBJECT[=TRIGGER]. ValueError: no subject, or what `load` says of the file."""
+    path, weight = split_weight(file)
+    word, _, trigger = (part.strip() for part in words.partition("="))
+    if not word:
+        raise ValueError(f"{file} {words!r} names no subject; write it as \"cat=sks cat\"")
+    return Subject(load(path), word, trigger or word, weight)
+
+
+def read_style(load: Callable[[str], LoRA], file: str | None) -> tuple[LoRA, float] | None:
+    if file is None:
+        return None
+    path, weight = split_weight(file)
+    return load(path), 1.0 if weight is None else weight
+
+
 def read_subjects(args: argparse.Namespace, model: Model) -> tuple[list[Subject], tuple[LoRA, float] | None]:
     subjects = []
     if len(args.lora) > 8:
         raise ValueError(f"{len(args.lora)} LoRAs are given; at most 8 subjects can be composed")
     for file, words in args.lora:
-        path, weight = split_weight(file)
-        word, _, trigger = (part.strip() for part in words.partition("="))
-        if not word:
-            raise ValueError(f"--lora {file} {words!r} names no subject; write it as \"cat=sks cat\"")
-        subject = Subject(model.lora(path), word, trigger or word, weight)
-        subjects.append(subject)
+        subjects.append(subject := read_subject(model.lora, file, words))
+        word = subject.word
         noted = trigger_words(subject.lora.metadata)
         known = next((one for one in noted if word.lower() in one.lower().split()), next(iter(noted), ""))
         said = re.search(rf"(?<!\w){re.escape(known)}(?!\w)", args.prompt, re.IGNORECASE)
         if subject.trigger.lower() == word.lower() and known and not said:
             phrase = known if word.lower() in known.lower().split() else f"{known} {word}"
             print(f'clora: hint: {file} suggests the trigger "{known}"; write "{word}={phrase}" to use it', file=sys.stderr)
-    if args.style is None:
-        return subjects, None
-    path, weight = split_weight(args.style)
-    return subjects, (model.lora(path), 1.0 if weight is None else weight)
+    return subjects, read_style(model.lora, args.style)
 
 
 def from_repository(name: str) -> str:
@@ -235,13 +244,15 @@ def without_effect(args: argparse.Namespace, recipe: Recipe, steps: int, demo: b
         ((*own, "text_lora"), args.method == "base", "is for other methods; --method base draws without LoRAs"),
         ((*MASKS, *UPDATES, "maps_from"), not composed, "is for --method clora with --lora: it alone reads maps"),
         (UPDATES, composed and len(args.lora) == 1, "is for two LoRAs and more: one alone has nothing to be parted from"),
+        (("negative", "guidance_rescale", "uncond_from"), recipe.guidance == 1 and recipe.maps_from == "cond",
+         "is for guidance, and --guidance 1 is none"),
         (UPDATES[1:], several and last < 0, "is for latent updates, and --update-until says never"),
         (("refine_steps", "refine_stop"), several and last >= 0 and not refined, "is for --refine-at, and none is updated"),
         (tuple({*MASKS} - {"mask_from"} - ({"mask_every"} if recipe.update_stop else set())), composed and never,
          f"is for masks, which begin at step {recipe.mask_from}"))
     lines = []
     for names, idle, why in rules:
-        given = {name: getattr(args, name) for name in names if idle and getattr(args, name) not in (None, [])}
+        given = {name: getattr(args, name) for name in names if idle and getattr(args, name) not in (None, [], "")}
         flags = [f"--{'no-' if value is False else ''}{name.replace('_', '-')}" for name, value in given.items()
                  if not (name == "eta" and value == 0 or name == "update_until" and value < 0)]       # say the same
         lines += [f"{', '.join(sorted(flags))} {why}"] if flags else []
@@ -289,15 +300,13 @@ def draw(model: Model, plan: clora.Plan, recipe: Recipe, noise: torch.Tensor, se
          args: argparse.Namespace, keep: bool = False) -> list[Step]:
     """Runs the loop under a progress bar -> the steps: all of them if `keep`, else the last."""
     steps: list[Step] = []
-    losses: list[torch.Tensor] = []
     generators = clora.step_generators(noise, seeds)
     with tqdm(total=recipe.steps, desc=label, disable=args.quiet, leave=True) as bar:
         for step in clora.compose(model, plan, recipe, noise, generators, args.low_memory):
             steps = [*steps, step] if keep else [step]
             bar.update(min(1, bar.total - bar.n))
-            if losses and not args.quiet:       # of the step before: a GPU would have to end this one to answer
-                bar.set_postfix(loss=f"{losses[-1].mean().item():.3f}")
-            losses = step.losses
+            if step.losses and not args.quiet:              # the bar waits for a GPU here, between two steps
+                bar.set_postfix(loss=f"{step.losses[-1].mean().item():.3f}")
     return steps
 
 

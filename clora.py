@@ -219,7 +219,8 @@ class Plan:
 
     def rows(self, rows: Sequence[int], pictures: int) -> tuple[TextKeys | Tensor, Tensor]:
         """What the UNet is told in these rows, for each picture again: text and adapters [pictures * rows, A]."""
-        index = torch.tensor([*rows] * pictures).to(self.context.device, non_blocking=True)     # no waiting for the GPU
+        device = self.context.device                        # CUDA is not waited for; MPS would read what is gone by then
+        index = torch.tensor([*rows] * pictures).to(device, non_blocking=device.type != "mps")
         return (self.context if self.keys is None else self.keys)[index], self.adapters[index]
 
 
@@ -299,7 +300,7 @@ class Step:
     noise: Tensor                       # [B, 4, h, w] blended and guided prediction
     maps: Tensor | None = None          # [B, V, m, n, T]
     masks: Tensor | None = None         # [B, V, h, w]
-    losses: list[Tensor] = field(default_factory=list)      # [B] per update; none with one concept: its loss is always 0
+    losses: list[Tensor] = field(default_factory=list)      # [B] per update; none where nothing is to be parted
     updates: list[Tensor] = field(default_factory=list)     # latents [B, 4, h, w] after each
     moved: list[Tensor] = field(default_factory=list)       # bool [B] per update: others of the batch had stopped before
 
@@ -407,8 +408,9 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
     scheduler = make_scheduler(model.scheduler_config, recipe.steps, recipe.scheduler, eta=recipe.eta)
     unet, variants = model.unet, len(plan.prompts)
     layers = unet.map_layers(model.map_level) if plan.concepts else ()
-    shared = recipe.uncond_from == "base"
-    if shared and variants > 1 and not plan.concepts:
+    guided = recipe.guidance != 1 or recipe.maps_from == "both"                     # at 1 the unconditional half cancels out
+    shared = guided and recipe.uncond_from == "base"
+    if recipe.uncond_from == "base" and variants > 1 and not plan.concepts:
         raise ValueError("--uncond-from base is for --method clora: this plan has no variant without LoRAs")
     attach_loras(unet, plan)
     plan = replace(plan, keys=unet.text_keys(plan.context, plan.adapters))          # the same at every step
@@ -444,13 +446,13 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
         # one batch predicts the noise of all variants, both guidance halves
         at = z if recipe.noise_from == "after" else before
         turns = [i // recipe.switch_every % variants] if plan.in_turn else [*range(variants)]
-        rows = [*(turns[:1] if shared else turns), *(row + variants for row in turns)]
+        rows = [*(turns[:1] if shared else turns if guided else []), *(row + variants for row in turns)]
         reading = layers if maps is None or i % recipe.mask_every == 0 or i == recipe.mask_from else ()
         with torch.inference_mode():
             batches = [[row] for row in rows] if low_memory else [rows]
             parts = [predict(unet, at, t, plan, batch, reading) for batch in batches]
         noise = torch.cat([noise for noise, _ in parts], dim=1)                     # [B, rows, 4, h, w]
-        uncond, cond = noise[:, :-len(turns)], noise[:, -len(turns):]               # [B, V or 1, ...], [B, V, ...]
+        uncond, cond = noise[:, :-len(turns)], noise[:, -len(turns):]               # [B, V, 1 or 0, ...], [B, V, ...]
 
         # one mask per variant, then the blend (section 3.3)
         if reading:
@@ -465,7 +467,9 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
                 if masks.shape != (len(z), variants, *z.shape[2:]):
                     raise ValueError(f"make_masks gave masks of shape {list(masks.shape[1:])}, and {variants} variants "
                                      f"need {[variants, *z.shape[2:]]}, the base variant's first")
-        noise = guide(uncond[:, 0] if shared else blend(uncond, masks), blend(cond, masks), recipe)
+        noise = blend(cond, masks)
+        if guided:
+            noise = guide(uncond[:, 0] if shared else blend(uncond, masks), noise, recipe)
         x0 = scheduler.predict_x0(noise, i, z)
         z, history = scheduler.step(noise, i, z, history, generator)
         finite.append(torch.isfinite(z).all())

@@ -34,7 +34,19 @@ from PIL import Image, ImageDraw, ImageFont
 
 import clora
 import report
-from cli import DTYPES, TOY, Parser, changed, check_device, from_repository, is_embedded, settings_of, whole_numbers
+from cli import (
+    DTYPES,
+    TOY,
+    Parser,
+    changed,
+    check_device,
+    from_repository,
+    is_embedded,
+    read_style,
+    read_subject,
+    settings_of,
+    whole_numbers,
+)
 from clora import RECIPES, Recipe, Subject
 from text import write_prompts
 from weights import find_lora, load_model, split_weight
@@ -139,7 +151,7 @@ def files_of(one: dict) -> list[str]:
 
 def read_sets(path: Path) -> list[dict]:
     try:
-        sets = json.loads(path.read_text())
+        sets = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(sets, list) or not sets:
@@ -313,18 +325,10 @@ class Maker:
         return self.loras[file]
 
     def subjects(self, one: dict) -> list[Subject]:
-        found = []
-        for file, words in one["loras"]:
-            path, weight = split_weight(file)
-            word, _, trigger = (part.strip() for part in words.partition("="))
-            found.append(Subject(self.lora(path), word, trigger or word, weight))
-        return found
+        return [read_subject(self.lora, file, words) for file, words in one["loras"]]
 
     def style(self, one: dict):
-        if "style" not in one:
-            return None
-        path, weight = split_weight(one["style"])
-        return self.lora(path), 1.0 if weight is None else weight
+        return read_style(self.lora, one.get("style"))
 
     def settings(self, one: dict, method: str, name: str, recipe: Recipe, seed: int) -> dict:
         """What clora.py --from needs to make the image of this seed again."""
@@ -338,8 +342,6 @@ class Maker:
         for number, one in enumerate(sets):
             try:
                 subjects, _ = self.subjects(one), self.style(one)
-                if not all(subject.word for subject in subjects):
-                    raise ValueError('a LoRA names no subject; write it as "cat=sks cat"')
                 for method in methods:
                     write_prompts(self.model.text, one["prompt"], subjects, method)
             except ValueError as error:

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 class _Adapted:
     """What LoRALinear and LoRAConv2d share: the factors of all adapters of this layer, side by side."""
 
-    down: Tensor | None = None      # [r, in] or [r, in, kh, kw]; the ranks of all adapters stacked
-    up: Tensor | None = None        # [out, r]; alpha / rank is folded in
+    down: Tensor | None = None      # [r, in] or [r, in, kh, kw]; the ranks of all adapters stacked, alpha / rank folded in
+    up: Tensor | None = None        # [out, r]
     owner: Tensor | None = None     # [r] which adapter each rank belongs to
     gain: Tensor | None = None      # [A, out] DoRA only: relative change of each output channel of W
 
@@ -101,8 +101,8 @@ class LoRAConv2d(_Adapted, nn.Conv2d):
 class LoRALayer:
     """The change of one layer, W' = W + up @ down; with `dora_scale` the rows of that are then rescaled (DoRA)."""
 
-    down: Tensor                        # [r, in] or [r, in, kh, kw]
-    up: Tensor                          # [out, r]; alpha / rank is folded in
+    down: Tensor                        # [r, in] or [r, in, kh, kw]; alpha / rank is folded in
+    up: Tensor                          # [out, r]
     dora_scale: Tensor | None = None    # [out] length of every row of W' (arXiv 2402.09353, eq. 5)
 
     def factors(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -24,12 +24,13 @@ from torch import Tensor
 History = tuple[Any, ...]
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
-# What every published SD 1.x config has, where it has the key at all: {key: the values that change nothing here}
+# What a sampler here would have to obey and does not: {key: the values that it has anyway}. Of other classes too, as in
+# diffusers, whose multistep solver takes "deis", "logrho" and "bh" for its own.
 FIXED: dict[str, tuple] = {
     "trained_betas": (None,), "thresholding": (False,), "rescale_betas_zero_snr": (False,), "skip_prk_steps": (True,),
     "use_exponential_sigmas": (False, None), "use_beta_sigmas": (False, None), "use_lu_lambdas": (False, None),
-    "use_flow_sigmas": (False, None), "euler_at_final": (False,), "solver_order": (2,), "algorithm_type": ("dpmsolver++",),
-    "solver_type": ("midpoint",), "final_sigmas_type": ("zero",),
+    "use_flow_sigmas": (False, None), "euler_at_final": (False,), "solver_order": (2,), "final_sigmas_type": ("zero",),
+    "algorithm_type": ("dpmsolver++", "deis"), "solver_type": ("midpoint", "logrho", "bh1", "bh2"),
 }
 
 
@@ -46,9 +47,7 @@ class Scheduler:
         if prediction != "epsilon":
             looks = "it looks like SD 2.x (v-prediction), and this" if prediction == "v_prediction" else "this"
             raise ValueError(f"the scheduler's prediction_type is {prediction!r}; {looks} is an SD 1.x implementation")
-        own = [name for name, key in CLASSES.items() if isinstance(self, SCHEDULERS[key])]
-        options = self.options if config.get("_class_name") in (None, *own) else ()     # another sampler's mean nothing here
-        for key in ("trained_betas", "thresholding", "rescale_betas_zero_snr", *options):
+        for key in ("trained_betas", "thresholding", "rescale_betas_zero_snr", *self.options):
             if key in config and config[key] not in FIXED[key]:
                 raise ValueError(f"scheduler_config.json: {key} = {config[key]!r} is not supported")
         for key, high, kind in (("num_train_timesteps", 10_000, int), ("steps_offset", 10_000, int),
@@ -81,7 +80,8 @@ class Scheduler:
             ratio, offset = total // self.steps, self.config.get("steps_offset", 0)
             return tuple(n * ratio + offset for n in reversed(range(self.steps)))
         if spacing == "trailing":
-            return tuple((np.round(np.arange(total, 0, -total / self.steps)) - 1).astype(int).tolist())
+            # [:steps]: rounding may bring one more, which diffusers takes for a timestep of -1
+            return tuple((np.round(np.arange(total, 0, -total / self.steps)[:self.steps]) - 1).astype(int).tolist())
         if spacing == "linspace":
             return tuple(np.linspace(0, total - 1, self.steps).round()[::-1].astype(int).tolist())
         raise ValueError(f"scheduler_config.json: timestep_spacing {spacing!r} is not known")
@@ -136,7 +136,8 @@ def fresh_noise(like: Tensor, generator: Generators) -> Tensor:
         raise ValueError(f"{len(generator)} generators are given for {len(like)} rows; give one for each")
     parts = zip(like.split(1), generator) if isinstance(generator, Sequence) else [(like, generator)]
     return torch.cat([torch.randn(rows.shape, generator=one, device=like.device if one is None else one.device,
-                                  dtype=like.dtype).to(like.device, non_blocking=True) for rows, one in parts])
+                                  dtype=like.dtype).to(like.device, non_blocking=like.device.type != "mps")
+                      for rows, one in parts])
 
 
 class DDIM(Scheduler):
@@ -237,7 +238,7 @@ class KarrasDPMSolverPP(DPMSolverPP):
     """The same at other noise levels, "DPM++ 2M Karras": sigma = sqrt((1 - a) / a) as in arXiv 2206.00364, eq. 5, rho 7."""
 
     def make_timesteps(self) -> tuple[int, ...]:
-        # the nearest ones are what the UNet is told; two steps may share one
+        # the UNet is told the nearest one (of a cosine schedule the one below, as in diffusers); two steps may share one
         a = np.array(self.alphas, np.float32)
         known = np.log(np.sqrt((1 - a) / a))                                        # [train_steps], ascending
         t = np.interp([0.5 * math.log(1 / level - 1) for level in self.make_levels()], known, np.arange(len(known)))

@@ -51,7 +51,8 @@ class TextEncoder:
         Whole words only, whatever their case. Positions beyond the 77th token are given too.
         """
         wanted, ids = self._ids(phrase), self._ids(prompt)
-        ends = [token.endswith("</w>") for token in self.tokenizer.convert_ids_to_tokens(ids)]
+        added = self.tokenizer.get_added_vocab()                    # of textual inversion: words without an end mark
+        ends = [token.endswith("</w>") or token in added for token in self.tokenizer.convert_ids_to_tokens(ids)]
         prompt = unicodedata.normalize("NFC", prompt)
         found, counted, n = [], 0, 0                                # n tokens before character `counted`
         # The text says what a whole word is: CLIP cuts "mk12" into mk, 1 and 2, and "cat" in "wildcat" can be a token of its
@@ -68,13 +69,15 @@ class TextEncoder:
         ValueError: it does not occur, it occurs more than once, or it was cut off.
         """
         found = self.positions(prompt, phrase)
-        inside = bool(phrase) and phrase.lower() in prompt.lower() and not re.search(_whole(phrase), prompt, re.IGNORECASE)
-        if not found and inside:
+        text = unicodedata.normalize("NFC", prompt)
+        # more than are found: CLIP reads 'dog' in single quotes as 'd and og'
+        written = len(re.findall(_whole(phrase), text, re.IGNORECASE)) if phrase.strip() else 0
+        if not found and (written or phrase.strip() and phrase.lower() in prompt.lower()):
             raise ValueError(f'"{phrase}" is no word of its own in the prompt "{prompt}"; write spaces around it')
         if not found:
             raise ValueError(f'"{phrase}" is not in the prompt "{prompt}"; name the subject as the prompt does')
-        if len(found) > 1:
-            raise ValueError(f'"{phrase}" occurs {len(found)} times in the prompt "{prompt}"; a subject must occur once')
+        if (times := max(len(found), written)) > 1:
+            raise ValueError(f'"{phrase}" occurs {times} times in the prompt "{prompt}"; a subject must occur once')
         self.expect_read(phrase, found)
         return found[0]
 

@@ -12,6 +12,7 @@ Shapes: B rows, C channels, h x w latent pixels, T text tokens (77), D text widt
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,9 @@ class UNetConfig:
             if block not in known:
                 raise ValueError(f"this UNet is not of the SD 1.x family: it has a block of type {block}")
         values = {key: config[key] for key in cls.__dataclass_fields__ if config.get(key) is not None}
+        early = re.match(r"0\.[0-8]\.", str(config.get("_diffusers_version")))
+        if early and isinstance(values.get("sample_size"), int) and values["sample_size"] < 64:
+            values["sample_size"] = 64                      # 32 meant nothing then; diffusers' pipeline corrects it likewise
         self = cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
         if self.in_channels != self.out_channels:
             raise ValueError(f"this UNet takes {self.in_channels} channels and returns {self.out_channels}; "
@@ -239,7 +243,8 @@ class UNet(nn.Module):
             return stop_after_maps and len(maps) == len(maps_at)
 
         # 1. time
-        timestep = torch.as_tensor(timestep).to(latents.device, non_blocking=True).expand(len(latents))     # [B]
+        device = latents.device
+        timestep = torch.as_tensor(timestep).to(device, non_blocking=device.type != "mps").expand(len(latents))     # [B]
         embed = timestep_embedding(timestep, self.config.block_out_channels[0]).to(latents.dtype)
         embed = self.time_embedding(embed, adapters)                                            # [B, E]
 

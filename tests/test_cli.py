@@ -250,6 +250,8 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, word, tmp_path, capsys
     (["--refine-at", "0,1,2", "--update-until", "0"], "--refine-at 1,2 comes after"), (["--update-until", "1"], ""),
     (["--refine-at", "0,7", "--update-until", "9"], "--refine-at 7 comes after the last update, which is of step 2"),
     (["--update-until", "-1"], ""), (["--update-until", "-1", "--alpha", "2"], "--alpha is for latent updates"),
+    (["--guidance", "1", "--negative", "no", "--guidance-rescale", "0.5"], "--guidance-rescale, --negative is for guidance"),
+    (["--guidance", "1", "--negative", "bad", "--maps-from", "both"], ""),
     (["--switch-every", "2"], "--switch-every is for --method switch"), (["--switch-every", "2", "--method", "switch"], ""),
     (["--method", "merge", "--dilate", "--alpha", "3", "--maps-from", "both"], "--alpha, --dilate, --maps-from is for"),
     (["--method", "merge", "--recipe", "release"], ""), (["--mask-from", "9"], ""),

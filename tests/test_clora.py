@@ -500,6 +500,30 @@ def test_masks_are_kept_between_two_readings():
         assert torch.equal(step.masks[0], expected), i
 
 
+@pytest.mark.parametrize("changes", [{}, {"uncond_from": "base"}, {"guidance_rescale": 0.7}])
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_without_guidance_the_unconditional_half_is_not_computed(low_memory, changes, monkeypatch):
+    """At a scale of 1 guidance is the conditional prediction."""
+    model, plan = tiny_model()
+    noise, rows = torch.randn(1, 4, 6, 8, dtype=torch.float64), []
+    forward = UNet.forward
+
+    def count(unet, latents, *args, stop_after_maps=False, **options):
+        rows.extend([] if stop_after_maps else latents)
+        return forward(unet, latents, *args, stop_after_maps=stop_after_maps, **options)
+    monkeypatch.setattr(UNet, "forward", count)
+
+    def last(guidance: float) -> torch.Tensor:
+        rows.clear()
+        recipe = Recipe(steps=3, guidance=guidance, refine_at=(1,), refine_steps=2, **changes)
+        return list(clora.compose(model, plan, recipe, noise, None, low_memory))[-1].latents
+    almost = last(1 + 1e-12)
+    assert len(rows) == 3 * (4 if "uncond_from" in changes else 6)
+    alone = last(1.0)
+    assert len(rows) == 3 * 3
+    assert ((alone - almost).norm() / almost.norm()).item() < 1e-9
+
+
 class NoWaiting(TorchDispatchMode):
     """Fails where a GPU would be waited for: at a copy to it that blocks. Values read back fail on "meta" by themselves."""
 

@@ -178,6 +178,20 @@ def test_without_a_text_encoder_that_half_is_left_unread(unet, text, tmp_path):
     assert not lora.text_encoder and len(lora.unet) == len(LDM)
 
 
+def test_a_small_alpha_costs_half_precision_nothing(unet, text, tmp_path):
+    """kohya's default, alpha 1, at a high rank: 1/128 of `up` would lie where float16 has few digits."""
+    name = next(iter(ATTENTION))
+    weight = unet.get_submodule(name).weight
+    generator = torch.Generator().manual_seed(0)
+    down = torch.randn(128, weight.shape[1], generator=generator) * 0.03
+    up = (torch.randn(weight.shape[0], 128, generator=generator) * 3e-4).half().float()
+    key = f"lora_unet_{flat(name)}"
+    path = save(tmp_path / "cat.safetensors", {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up,
+                                               f"{key}.alpha": torch.tensor(1.0)})
+    layer = read_lora(path, unet, text).unet[name]
+    assert relative(layer.up.half().float() @ layer.down.half().float(), up @ down / 128) < 1e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2])
 def test_other_precisions(dtype, unet, text, tmp_path):
     tensors, _ = make("kohya", unet, text)
@@ -235,7 +249,7 @@ def test_alpha_of_other_shapes_and_kinds(alpha, unet, tmp_path):
     tensors = pair() | {f"{Q}.alpha": alpha}
     plain = read_lora(save(tmp_path / "a.safetensors", pair() | {f"{Q}.alpha": torch.tensor(1.0)}), unet)
     lora = read_lora(save(tmp_path / "b.safetensors", tensors), unet)
-    assert all(torch.equal(lora.unet[name].up, 2 * plain.unet[name].up) for name in plain.unet)
+    assert all(torch.equal(lora.unet[name].down, 2 * plain.unet[name].down) for name in plain.unet)
 
 
 @pytest.mark.parametrize("pattern", ["down_blocks.*to_q", r".*\.to_q", "(a+)+$", "attn1|attn2"])
@@ -634,7 +648,8 @@ BAD_FILES = {
     "a bundled embedding": (pair() | {"bundle_emb.sks.string_to_param.*": torch.ones(2, 768)},
                             ["holds embeddings", "bundle_emb"]),
     "factors whose product overflows": (
-        pair() | {f"{Q}.lora_up.weight": torch.full((64, 4), 9.0), f"{Q}.alpha": torch.tensor(3e38)}, ["give infinity", Q]),
+        pair() | {f"{Q}.lora_down.weight": torch.full((4, 64), 9.0), f"{Q}.alpha": torch.tensor(3e38)},
+        ["give infinity", Q]),
     "complex alpha": (pair() | {f"{Q}.alpha": torch.tensor(1j)}, [f"{Q}.alpha cannot be read", "complex"]),
     "two names for one layer": (pair() | pair(f"unet.{LINEAR}"), ["are for the same layer", Q, f"unet.{LINEAR}"]),
     "LoHa with a part missing": ({f"{Q}.hada_w1_a": torch.ones(64, 2), f"{Q}.hada_w1_b": torch.ones(2, 64),

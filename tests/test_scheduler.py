@@ -153,7 +153,9 @@ def test_precision_is_kept(name, dtype):
     ({"timestep_spacing": "wild"}, "ddim", "wild"),
     ({"_class_name": "DPMSolverMultistepScheduler", "use_lu_lambdas": True}, "dpm++-karras", "use_lu_lambdas"),
     ({"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True, "solver_order": 3}, None, "solver_order"),
-    ({"_class_name": None, "solver_order": 3}, "dpm++", "solver_order"), ({}, "euler", "euler"),
+    ({"_class_name": "UniPCMultistepScheduler", "solver_order": 3}, "dpm++", "solver_order"), ({}, "euler", "euler"),
+    ({"_class_name": "EulerDiscreteScheduler", "use_exponential_sigmas": True}, "dpm++", "use_exponential_sigmas"),
+    ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}, None, "algorithm_type"),
     ({"original_inference_steps": 9}, "lcm", "at most 9 steps"), ({"prediction_type": "sample"}, None, "'sample'; this is"),
     *[({key: value}, "lcm", f"{key} cannot be") for key in ("original_inference_steps", "timestep_scaling")
       for value in ("50", None, -1, float("nan"), 1e9)], ({"original_inference_steps": 2000}, "lcm", "cannot be 2000"),
@@ -165,12 +167,19 @@ def test_configs_that_are_refused(change, name, word):
 
 
 @pytest.mark.parametrize("config", [
-    {"_class_name": "UniPCMultistepScheduler", "solver_type": "bh2", "solver_order": 3},
+    {"_class_name": "UniPCMultistepScheduler", "solver_type": "bh2", "solver_order": 2},
     {"_class_name": "DEISMultistepScheduler", "algorithm_type": "deis", "solver_type": "logrho"}])
-def test_options_of_another_sampler_mean_nothing(config):
+def test_names_of_another_sampler_that_stand_for_ours(config):
     z, noise = pair()
     plain, own = (make_scheduler({**SD15, **more}, 10, "dpm++") for more in ({}, config))
     assert plain.timesteps == own.timesteps and torch.equal(plain.step(noise, 0, z)[0], own.step(noise, 0, z)[0])
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm++", "pndm"])
+def test_trailing_timesteps_are_as_many_as_asked_for(name):
+    for steps in (7, 60, 61, 103, 121, 999):                # rounding errors would give 61, 103 and 121 one more, -1
+        timesteps = make_scheduler({**SD15, "timestep_spacing": "trailing"}, steps, name).timesteps
+        assert len({*timesteps}) == steps and timesteps[0] == 999 and timesteps[-1] >= 0
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001, 1000])

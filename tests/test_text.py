@@ -69,9 +69,18 @@ def test_words_of_several_tokens(text, prompt, phrase):
     assert text.find(prompt, phrase) == found
 
 
+def test_words_beside_an_added_token():
+    """Of textual inversion or Custom Diffusion: such a token has no mark of a word's end."""
+    text = load_model(GOLDEN / "model").text
+    text.tokenizer.add_tokens(["<new1>"])
+    for phrase, expected in (("cat", (3,)), ("<new1>", (2,)), ("<new1> cat", (2, 3))):
+        assert text.find("a <new1> cat and a dog", phrase) == expected
+
+
 @pytest.mark.parametrize("prompt, phrase, word", [
     ("a cat and a dog", "bird", "not in the prompt"), ("a cat and a cat", "cat", "2 times"),
-    ("the " * 76 + "cat", "cat", "77 tokens")])
+    ("the " * 76 + "cat", "cat", "77 tokens"), ("a 'dog' and a ball", "dog", "no word of its own"),
+    ("a dog and a sign 'dog'", "dog", "2 times"), ("a 🐱🐶", "🐱", "no word of its own")])
 def test_subjects_that_cannot_be_used(text, prompt, phrase, word):
     with pytest.raises(ValueError, match=word) as caught:
         text.find(prompt, phrase)

@@ -236,6 +236,14 @@ def test_unets_of_other_families(folder, change, word):
     assert word in refused(folder)
 
 
+@pytest.mark.parametrize("version, given, size", [("0.6.0", 32, 64), ("0.8.1", 32, 64), ("0.9.0", 32, 32), (None, 32, 32),
+                                                  ("0.10.2", 32, 32), ("0.6.0", 96, 96)])
+def test_the_size_of_models_of_early_diffusers(version, given, size):
+    """Conversions of 2022 say 32 and mean 64, as diffusers' pipeline knows (pipeline_stable_diffusion.py)."""
+    config = {"sample_size": given, **({} if version is None else {"_diffusers_version": version})}
+    assert UNetConfig.from_dict(config).sample_size == size
+
+
 def test_other_vaes_and_pipelines(folder):
     edit(folder / "vae/config.json", _class_name="VQModel")
     assert "VQModel" in refused(folder)
@@ -266,7 +274,8 @@ REPO = ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.sa
         "unet/diffusion_pytorch_model.non_ema.safetensors", "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
         "vae/diffusion_pytorch_model.fp16.safetensors", "text_encoder/config.json", "text_encoder/model.safetensors",
         "text_encoder/model.fp16.safetensors", "text_encoder/pytorch_model.bin", "safety_checker/model.safetensors",
-        "safety_checker/config.json", "tokenizer/vocab.json", "tokenizer/merges.txt", "scheduler/scheduler_config.json"]
+        "safety_checker/config.json", "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/added_tokens.json",
+        "scheduler/scheduler_config.json"]
 
 
 def listing(names: list[str]) -> SimpleNamespace:
@@ -289,7 +298,8 @@ def test_only_the_files_that_are_used_are_fetched(dtype, mark, monkeypatch):
     load_model("stable-diffusion-v1-5/stable-diffusion-v1-5", dtype=dtype)
     assert sorted(asked["stable-diffusion-v1-5/stable-diffusion-v1-5"]) == [
         "model_index.json", "scheduler/scheduler_config.json", "text_encoder/config.json",
-        f"text_encoder/model{mark}.safetensors", "tokenizer/merges.txt", "tokenizer/vocab.json", "unet/config.json",
+        f"text_encoder/model{mark}.safetensors", "tokenizer/added_tokens.json", "tokenizer/merges.txt",
+        "tokenizer/vocab.json", "unet/config.json",
         f"unet/diffusion_pytorch_model{mark}.safetensors", "vae/config.json",
         f"vae/diffusion_pytorch_model{mark}.safetensors"]
 

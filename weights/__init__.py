@@ -4,7 +4,8 @@
     load_model("model.safetensors"), load_model("model.ckpt")   a single file in the original LDM layout
     load_model("stable-diffusion-v1-5/stable-diffusion-v1-5")   a hub id; only the files that are used are fetched
 
-Weights are memory-mapped and become the modules' parameters without a second copy, unless their precision changes.
+Weights are memory-mapped and become the modules' parameters without a second copy, but for the kernels of convolutions and
+wherever precision or device change.
 """
 
 from __future__ import annotations
@@ -43,7 +44,11 @@ SD15_TEXT = {
 LORA_ENDINGS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 NOT_CACHED = "{} is not in the local cache, and the hub cannot be reached or has no such repository"
 TOKENIZER_ID = "openai/clip-vit-large-patch14"              # SD 1.5's tokenizer, for single files
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "tokenizer.json")
+# names of the weights' files in each part's folder, without their endings: .safetensors and the older .bin
+WEIGHTS = {"unet": ("diffusion_pytorch_model",) * 2, "vae": ("diffusion_pytorch_model",) * 2,
+           "text_encoder": ("model", "pytorch_model")}
 # What diffusers' StableDiffusionPipeline sets whatever the folder says: latents are no pictures between -1 and 1.
 SCHEDULER_ALWAYS = {"clip_sample": False, "steps_offset": 1}
 
@@ -55,7 +60,7 @@ class Model:
     text: TextEncoder
     scheduler_config: dict
     name: str                                               # as the caller wrote it
-    files: list[Path]                                       # every file it was read from
+    files: list[Path]                                       # a folder's that count; of a single file that alone
     settings: dict = field(default_factory=dict)            # the folder's clora.json: map_level, recipe
     _hash: str = ""
 
@@ -69,7 +74,7 @@ class Model:
         return read_lora(find_lora(source), self.unet, self.text.model)
 
     def hash(self) -> str:
-        """16 hex digits that change with any of its files. A single file's are the first of its SHA-256, as on Civitai."""
+        """16 hex digits that change with any of its `files`. A single file's are the first of its SHA-256, as on Civitai."""
         if not self._hash:                                  # gigabytes: read once
             digests = []
             for path in self.files:
@@ -99,12 +104,12 @@ def _load_folder(folder: Path, name: str, device: str, dtype: torch.dtype) -> Mo
         raise ValueError(f"{folder} looks like SDXL; this is an SD 1.x implementation")
     unet_config = _parse(UNetConfig.from_dict, folder / "unet/config.json")
     vae_config = _parse(VAEConfig.from_dict, folder / "vae/config.json")
-    unet_file = _weights_file(folder / "unet", "diffusion_pytorch_model", "diffusion_pytorch_model.bin")
+    unet_file = _weights_file(folder / "unet")
     unet = _fill(lambda: UNet(unet_config), lambda: read_state(unet_file), unet_file, device, dtype)
-    vae_file = _weights_file(folder / "vae", "diffusion_pytorch_model", "diffusion_pytorch_model.bin")
+    vae_file = _weights_file(folder / "vae")
     vae = _fill(lambda: VAE(vae_config), lambda: _modern_vae(read_state(vae_file)), vae_file, device, _vae_dtype(dtype))
     text_config = _read_json(folder / "text_encoder/config.json")
-    text_file = _weights_file(folder / "text_encoder", "model", "pytorch_model.bin")
+    text_file = _weights_file(folder / "text_encoder")
     text = _text_model(text_config, read_state(text_file), text_file, device, dtype)
     if text_config.get("hidden_size") != unet_config.cross_attention_dim:
         raise ValueError(f"{folder}: the text encoder is {text_config.get('hidden_size')} wide, "
@@ -125,8 +130,13 @@ def _load_folder(folder: Path, name: str, device: str, dtype: torch.dtype) -> Mo
                  _read_json(folder / "scheduler/scheduler_config.json") | SCHEDULER_ALWAYS, name, files, settings)
 
 
-def _weights_file(folder: Path, stem: str, old: str) -> Path:
-    names = (f"{stem}.safetensors", f"{stem}.fp16.safetensors", old)
+def _weights_names(part: str) -> tuple[str, str, str]:
+    stem, old = WEIGHTS[part]
+    return f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{old}.bin"
+
+
+def _weights_file(folder: Path) -> Path:
+    names = _weights_names(folder.name)
     for name in names:
         if (folder / name).is_file():
             return folder / name
@@ -210,10 +220,8 @@ def _fetch(repo: str, dtype: torch.dtype) -> Path:
     wanted += [f"{part}/config.json" for part in ("unet", "vae", "text_encoder")]
     wanted += [f"tokenizer/{name}" for name in TOKENIZER_FILES]
     present = _list(repo)
-    for part, stem, old in (("unet", "diffusion_pytorch_model", "diffusion_pytorch_model.bin"),
-                            ("vae", "diffusion_pytorch_model", "diffusion_pytorch_model.bin"),
-                            ("text_encoder", "model", "pytorch_model.bin")):
-        names = [f"{part}/{stem}.safetensors", f"{part}/{stem}.fp16.safetensors", f"{part}/{old}"]
+    for part in WEIGHTS:
+        names = [f"{part}/{name}" for name in _weights_names(part)]
         if present is None:
             wanted += names
         else:
@@ -392,7 +400,7 @@ def _read_json(path: Path) -> dict:
     if is_stream(path):
         raise ValueError(f"{path} is a device or a pipe")
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -330,12 +330,13 @@ def _read_layer(file: _File, half: str, name: str, parts: dict[str, str], weight
     else:
         up, down = pair("up", "down", "mid", out, width, kernel)
         rank = shape("down")[0]
+    # alpha / rank goes into the factor that has the larger entries, of which half precision keeps more
     if not rank:                                                # LoKr of two whole matrices: alpha has no meaning
         unread.discard("alpha")
     elif "alpha" in parts:
-        up = up * ((take("alpha").item() or rank) / rank)       # to the trainers 0 means "not set"
+        down = down * ((take("alpha").item() or rank) / rank)   # to the trainers 0 means "not set"
     else:
-        up = up * file.peft_scale(half, name, rank)
+        down = down * file.peft_scale(half, name, rank)
 
     length = next((part for part in ("dora_scale", "magnitude") if part in parts), "")
     of_columns = length == "dora_scale" and len(shape(length)) > 1 and shape(length)[0] == 1

@@ -90,12 +90,16 @@ def test_other_options(more):
     compare("ddim", 20, {**BASE, **OWN["ddim"], **more}, eta=0.3)
 
 
+@pytest.mark.parametrize("kind, more", [
+    ("PNDMScheduler", {}), ("EulerDiscreteScheduler", {"use_karras_sigmas": True}), ("UniPCMultistepScheduler", {})])
 @pytest.mark.parametrize("name", CLASSES)
-def test_another_sampler_from_the_published_config(name):
-    """--scheduler on SD 1.5's own PNDM config does what from_config does in diffusers."""
+def test_another_sampler_from_the_published_config(name, kind, more):
+    """--scheduler on SD 1.5's own PNDM config, or another's, does what from_config does in diffusers."""
     published = {**BASE, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "clip_sample": False,
-                 "_class_name": "PNDMScheduler", "trained_betas": None}
-    theirs = getattr(diffusers, CLASSES[name]).from_config(diffusers.PNDMScheduler.from_config(published).config)
+                 "trained_betas": None, **more}
+    filled = dict(getattr(diffusers, kind).from_config(published).config)           # as the file of such a model has it
+    published = {key: value for key, value in filled.items() if key != "_use_default_values"}
+    theirs = getattr(diffusers, CLASSES[name]).from_config(published)
     theirs.set_timesteps(25)
     ours = make_scheduler(published, 25, name)
     assert list(ours.timesteps) == theirs.timesteps.tolist()
