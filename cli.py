@@ -78,6 +78,8 @@ def make_parser(add_help: bool = True) -> Parser:
     add = group.add_argument
     add("--model", default=str(TOY), metavar="MODEL",
         help="diffusers folder, single-file .safetensors or .ckpt, or hub id (default: the embedded model)")
+    add("--vae", metavar="VAE", help="an autoencoder in the place of the model's: diffusers folder, single file, or hub id, "
+        "as stabilityai/sd-vae-ft-mse ('': none, where the image of --from has one)")
     add("--prompt", help=f"names every subject's word once (default: {DEMO['prompt']!r})")
     add("--negative", default="", metavar="TEXT", help="negative prompt")
     add("--lora", nargs=2, action="append", metavar=("FILE[:WEIGHT]", "SUBJECT[=TRIGGER]"),
@@ -270,7 +272,7 @@ def writable(folder: Path) -> None:
 def settings_of(args: argparse.Namespace, recipe: Recipe, model: Model, subjects: list[Subject],
                 style: tuple[LoRA, float] | None, seed: int, size: tuple[int, int]) -> dict:
     """What an image carries: all that it takes to make it again, as a command and in parts."""
-    words = ["--model", from_repository(args.model)]
+    words = ["--model", from_repository(args.model)] + (["--vae", from_repository(args.vae)] if args.vae else [])
     for flag, text in (("--prompt", args.prompt), ("--negative", args.negative)):
         words += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
     words += ["--method", args.method, "--seed", str(seed), "--height", str(size[0]), "--width", str(size[1]),
@@ -289,7 +291,7 @@ def settings_of(args: argparse.Namespace, recipe: Recipe, model: Model, subjects
             words.append(f"{flag}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
     return {"prompt": args.prompt, "negative": args.negative, "seed": str(seed), "method": args.method,
             "recipe": {"name": args.recipe, **dataclasses.asdict(recipe)},
-            "model": {"name": from_repository(args.model), "hash": model.hash()},
+            "model": {"name": from_repository(args.model), "hash": model.hash()},         # of --vae too
             "loras": [{"file": s.lora.path.name, "sha256": s.lora.sha256, "subject": s.word, "trigger": s.trigger,
                        "weight": s.weight} for s in subjects],
             "style": None if style is None else {"file": style[0].path.name, "sha256": style[0].sha256, "weight": style[1]},
@@ -316,7 +318,7 @@ def run(args: argparse.Namespace) -> None:
         if not is_embedded(args.model):
             raise ValueError(f"--model {args.model} is given without --prompt; write what to draw")
         args.prompt, args.lora = DEMO["prompt"], DEMO["lora"]
-    args.lora, args.style = args.lora or [], args.style or None
+    args.lora, args.style, args.vae = args.lora or [], args.style or None, args.vae or None
     if args.prompt is None:
         raise ValueError("--lora is given without --prompt; write the prompt that names its subject")
     if args.method != "base" and not args.lora and not args.style:
@@ -359,7 +361,7 @@ def run(args: argparse.Namespace) -> None:
     except OSError as error:
         raise ValueError(f"cannot write to {place}: {error.strerror}") from None
 
-    model = load_model(args.model, args.device, DTYPES[args.dtype])
+    model = load_model(args.model, args.device, DTYPES[args.dtype], args.vae)
     if args.compile:                    # fixed shapes: one program for guidance and one for the noise
         model.unet.compile(dynamic=False)
     recipe = make_recipe(args, model.settings)

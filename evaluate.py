@@ -308,7 +308,7 @@ class Maker:
     """Loads every LoRA once and makes the images of the list."""
 
     def __init__(self, args: argparse.Namespace):
-        self.model = load_model(args.model, args.device, DTYPES[args.dtype])
+        self.model = load_model(args.model, args.device, DTYPES[args.dtype], args.vae)
         embedded = is_embedded(args.model)
         self.judge: Judge | None = load_judge() if embedded else None
         clip = args.clip or (str(TOY / "clip") if embedded else "openai/clip-vit-base-patch32")
@@ -332,8 +332,9 @@ class Maker:
 
     def settings(self, one: dict, method: str, name: str, recipe: Recipe, seed: int) -> dict:
         """What clora.py --from needs to make the image of this seed again."""
-        args = argparse.Namespace(model=self.args.model, prompt=one["prompt"], negative="", method=method, recipe=name,
-                                  dtype=self.args.dtype, device=self.args.device, lora=one["loras"], style=one.get("style"),
+        args = argparse.Namespace(model=self.args.model, vae=self.args.vae, prompt=one["prompt"], negative="",
+                                  method=method, recipe=name, dtype=self.args.dtype, device=self.args.device,
+                                  lora=one["loras"], style=one.get("style"),
                                   low_memory=self.args.low_memory, compile=False)
         return settings_of(args, recipe, self.model, self.subjects(one), self.style(one), seed, (self.size, self.size))
 
@@ -749,6 +750,7 @@ def sweep(args: argparse.Namespace, maker: Maker, recipes: dict[str, Recipe], ch
 def make_parser() -> Parser:
     parser = Parser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(TOY))
+    parser.add_argument("--vae", metavar="VAE", help="as in clora.py")
     parser.add_argument("--sets", metavar="FILE.json", help="prompts and LoRAs (default: those of the embedded world)")
     parser.add_argument("--split", choices=("tune", "test"), default="test", help="which prompts of the embedded world")
     parser.add_argument("--prompts", type=int, default=6, help="how many prompts of the embedded world (default: 6)")

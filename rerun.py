@@ -18,8 +18,8 @@ from clora import Recipe, Subject
 from lora import LoRA
 from weights import Model, hub_place, split_weight
 
-KEPT = ("model", "prompt", "negative", "method", "seed", "height", "width", "dtype", "device", "low_memory", "compile",
-        "style")
+KEPT = ("model", "vae", "prompt", "negative", "method", "seed", "height", "width", "dtype", "device", "low_memory",
+        "compile", "style")
 
 
 def recall(argv: Sequence[str], image: Path, make_parser: Callable[..., argparse.ArgumentParser]) -> argparse.Namespace:
@@ -44,6 +44,7 @@ def recall(argv: Sequence[str], image: Path, make_parser: Callable[..., argparse
     args = make_parser().parse_args(argv, argparse.Namespace(**kept, recipe=None, lora=None))
     args.chunks, args.recorded = chunks, {}
     args.given = {name for name in ("model", "style") if getattr(args, name) != kept[name]}
+    args.given |= {"model"} if args.vae != then.vae else set()          # one hash for both
     args.given |= {f"subject {word_of(words)}" for _, words in args.lora or []}
     if args.recipe is None:
         fields = [field.name for field in dataclasses.fields(Recipe)]
@@ -51,6 +52,8 @@ def recall(argv: Sequence[str], image: Path, make_parser: Callable[..., argparse
         args.recorded = {name: getattr(then, name) for name in fields if getattr(then, name) is not None}
     if args.model == then.model:
         args.model = locate(then.model, image)
+    if args.vae and args.vae == then.vae:
+        args.vae = locate(then.vae, image, "--vae VAE")
     if args.style is not None and args.style == then.style:
         args.style = locate(then.style, image, "--style FILE")
     given = {word_of(words): [file, words] for file, words in args.lora or []}
@@ -85,7 +88,7 @@ def same_command(one: str, other: str, by_name: bool) -> bool:
     """Whether two images' commands say the same; `by_name`: a file counts by its name alone, wherever it lies."""
     def bare(command: str) -> list[str]:
         words = shlex.split(command)
-        return [Path(word).name if flag in ("--model", "--lora", "--style") else word
+        return [Path(word).name if flag in ("--model", "--vae", "--lora", "--style") else word
                 for flag, word in zip(["", *words], words)]
     return one == other or (by_name and bare(one) == bare(other))
 

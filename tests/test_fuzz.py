@@ -496,6 +496,7 @@ FLAGS = {
     "lora": ("", ".", "/dev/null", "/proc/self/mem", "x" * 5000, "\x00", ":", ":1", "a:b:c", "\udce9", "🐈.safetensors",
         "a\nb"),
     "style": ("", "/dev/null", "x" * 300, "\x00", "a\nb", ":0.5"),
+    "vae": (".", "/dev/null", "/proc/self/mem", "nobody", "x" * 5000, "\x00", "\udce9", "a\nb", "../.."),
     "trace": ("/", "/proc/self/x.safetensors", "/nowhere/x.safetensors", ".", "x.png"),
     "nonsense": ("1",), "no\nsense": ("",), "": ("",)}
 WEIGHTS = ("nan", "inf", "1e999", "9" * 400, "99999", "-99999", "", "x", "0x1", "1:2")

@@ -157,6 +157,21 @@ def test_low_memory_and_style_can_be_taken_away(user, capsys):
     assert json.loads(report.load_settings(Path("again/clora-3.png"))["style"]) is None
 
 
+def test_another_vae_is_part_of_the_settings(user, capsys):
+    shutil.copytree("model/vae", "vae")
+    state = load_file("vae/diffusion_pytorch_model.safetensors")
+    save_file({key: value * 0.9 for key, value in state.items()}, "vae/diffusion_pytorch_model.safetensors")
+    assert again("--vae", "vae", out="vae-out") == 0 and capsys.readouterr().err == ""
+    image = Path("vae-out/clora-3.png")
+    assert image.read_bytes() != Path("out/clora-3.png").read_bytes()
+    assert again(image=str(image)) == 0 and Path("again/clora-3.png").read_bytes() == image.read_bytes()
+    assert again("--vae", "", image=str(image)) == 0 and capsys.readouterr().err == ""
+    assert Path("again/clora-3.png").read_bytes() == Path("out/clora-3.png").read_bytes()
+    Path("vae").rename("moved")
+    assert again(image=str(image)) == 2 and "say where it is: --vae VAE" in capsys.readouterr().err
+    assert again("--vae", "moved", image=str(image)) == 0
+
+
 def test_missing_and_moved_files(user, capsys):
     Path("cat_peft.safetensors").rename("moved.safetensors")
     assert again() == 2

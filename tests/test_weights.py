@@ -143,6 +143,83 @@ def test_map_level_and_recipe_come_with_the_model(folder):
     assert model.map_level == 1 and model.settings["recipe"] == {"alpha": 2.0}
 
 
+# --- another autoencoder ----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def other(folder):
+    """A whole model's folder whose autoencoder differs."""
+    path = folder / "vae/diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    save_file({key: value * 0.9 for key, value in state.items()}, path)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["model", "folder", "diffusers' file", "LDM file", "LDM pickle", "LDM checkpoint"])
+def test_another_vae(kind, other, tmp_path, monkeypatch):
+    own, wanted = load_model(GOLDEN), load_model(other)
+    monkeypatch.setattr(VAEConfig.__init__, "__defaults__", tuple(vars(own.vae.config).values()))
+    monkeypatch.setattr(weights.from_ldm, "__defaults__", (own.unet.config, own.vae.config))
+    ldm = {key.removeprefix("first_stage_model."): value.contiguous() for key, value in ldm_state(wanted).items()
+           if key.startswith("first_stage_model.")} | {"loss.logvar": torch.zeros(())}
+    source = {"model": other, "folder": other / "vae", "LDM file": tmp_path / "vae.safetensors",
+              "diffusers' file": other / "vae/diffusion_pytorch_model.safetensors", "LDM pickle": tmp_path / "vae.ckpt",
+              "LDM checkpoint": tmp_path / "model.safetensors"}[kind]
+    if kind == "LDM file":
+        save_file(ldm, source)
+    elif kind == "LDM pickle":
+        torch.save({"state_dict": ldm, "epoch": 1}, source)
+    elif kind == "LDM checkpoint":
+        save_file({key: value.contiguous() for key, value in ldm_state(wanted).items()}, source)
+    model = load_model(GOLDEN, vae=source)
+    for part, expected in (("unet", own.unet), ("vae", wanted.vae)):
+        state, theirs = getattr(model, part).state_dict(), expected.state_dict()
+        assert state.keys() == theirs.keys() and all(torch.equal(state[key], theirs[key]) for key in theirs)
+    assert len({model.hash(), own.hash()}) == 2
+    if kind in ("model", "folder"):
+        assert model.hash() == wanted.hash()
+
+
+@pytest.mark.parametrize("change, word", [
+    ({"scaling_factor": 0.13025}, "SDXL"), ({"scaling_factor": 0.5}, "not of one family"),
+    ({"_class_name": "AutoencoderTiny"}, "Tiny"), ({"shift_factor": 0.1}, "shift_factor")])
+def test_vaes_of_other_families(change, word, other):
+    edit(other / "vae/config.json", **change)
+    with pytest.raises(ValueError, match=word):
+        load_model(GOLDEN, vae=other / "vae")
+
+
+def test_files_that_are_no_vae(tmp_path):
+    save_file({"lora_unet_x.lora_down.weight": torch.zeros(1)}, tmp_path / "cat.safetensors")
+    for source, word in (("cat.safetensors", "misses 248 tensors of this VAE"), (".", "config.json is missing"),
+                         ("nothing.safetensors", "no such file"), ("nothing", "no such file")):
+        with pytest.raises(ValueError, match=word) as caught:
+            load_model(GOLDEN, vae=tmp_path / source)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["", "vae/"])
+def test_a_vae_on_the_hub(prefix, other, tmp_path, monkeypatch):
+    """Of the two repositories only what is used is fetched: of the model's no weights of its own autoencoder."""
+    import fnmatch
+
+    import huggingface_hub
+    asked = {}
+    hub = {"them/vae": {f"{prefix}{path.name}": path for path in (other / "vae").iterdir()},
+           "us/model": {path.relative_to(GOLDEN).as_posix(): path for path in GOLDEN.rglob("*") if path.is_file()}}
+
+    def download(repo, allow_patterns, local_files_only):
+        asked[repo] = {name for name in hub[repo] if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns)}
+        for name in asked[repo]:
+            (tmp_path / repo / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(hub[repo][name], tmp_path / repo / name)
+        return str(tmp_path / repo)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda api, repo, **_: listing([*hub[repo]]))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert load_model("us/model", vae="them/vae").hash() == load_model(other).hash()
+    assert asked["them/vae"] == {f"{prefix}config.json", f"{prefix}diffusion_pytorch_model.safetensors"}
+    assert "vae/config.json" in asked["us/model"] and "vae/diffusion_pytorch_model.safetensors" not in asked["us/model"]
+
+
 # --- single files -----------------------------------------------------------------------------------------------------
 
 def ldm_state(model) -> dict[str, torch.Tensor]:

@@ -84,32 +84,43 @@ class Model:
         return self._hash
 
 
-def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
-    """A model in eval mode without gradients. ValueError, one line that names the file: missing, damaged, another family."""
+def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, vae: str | Path | None = None
+               ) -> Model:
+    """A model in eval mode without gradients. ValueError, one line that names the file: missing, damaged, another family.
+
+    vae: an autoencoder in the place of the model's: a folder in diffusers' layout (its own, or a whole model's), a single
+    file, or a hub id as "stabilityai/sd-vae-ft-mse".
+    """
     path = Path(source)
+    other = None if vae is None else _load_vae(vae, device, dtype)
     if path.is_dir():
-        return _load_folder(path, str(source), device, dtype)
+        return _load_folder(path, str(source), device, dtype, other)
     if path.is_file():
-        return _load_single_file(path, str(source), device, dtype)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in (".safetensors", ".ckpt"):
-        return _load_folder(_fetch(str(source), dtype), str(source), device, dtype)
+        return _load_single_file(path, str(source), device, dtype, other)
+    parts = [part for part in WEIGHTS if part != "vae" or other is None]
+    return _load_folder(_fetch(_hub_id(source), dtype, parts), str(source), device, dtype, other)
+
+
+def _hub_id(source: str | Path) -> str:
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and Path(source).suffix not in (".safetensors", ".ckpt", ".pt"):
+        return str(source)
     raise ValueError(f"{source}: there is no such file or folder, and it is no hub id (user/name) either")
 
 
 # --- a folder in diffusers' layout ------------------------------------------------------------------------------------
 
-def _load_folder(folder: Path, name: str, device: str, dtype: torch.dtype) -> Model:
+def _load_folder(folder: Path, name: str, device: str, dtype: torch.dtype, other: tuple[VAE, list[Path]] | None) -> Model:
     index = _read_json(folder / "model_index.json")
     if "XL" in str(index.get("_class_name", "")) or "text_encoder_2" in index:
         raise ValueError(f"{folder} looks like SDXL; this is an SD 1.x implementation")
     unet_config = _parse(UNetConfig.from_dict, folder / "unet/config.json")
     vae_config = _parse(VAEConfig.from_dict, folder / "vae/config.json")
-    unet_file = _weights_file(folder / "unet")
+    unet_file = _weights_file(folder / "unet", "unet")
     unet = _fill(lambda: UNet(unet_config), lambda: read_state(unet_file), unet_file, device, dtype)
-    vae_file = _weights_file(folder / "vae")
-    vae = _fill(lambda: VAE(vae_config), lambda: _modern_vae(read_state(vae_file)), vae_file, device, _vae_dtype(dtype))
+    vae, vae_files = _load_vae(folder / "vae", device, dtype) if other is None else other
+    _expect_same_latents(vae.config, vae_config, vae_files[0])
     text_config = _read_json(folder / "text_encoder/config.json")
-    text_file = _weights_file(folder / "text_encoder")
+    text_file = _weights_file(folder / "text_encoder", "text_encoder")
     text = _text_model(text_config, read_state(text_file), text_file, device, dtype)
     if text_config.get("hidden_size") != unet_config.cross_attention_dim:
         raise ValueError(f"{folder}: the text encoder is {text_config.get('hidden_size')} wide, "
@@ -123,9 +134,10 @@ def _load_folder(folder: Path, name: str, device: str, dtype: torch.dtype) -> Mo
     level = settings.get("map_level", 2)
     if type(level) is not int or not 0 <= level < len(unet.down_blocks) or not unet.map_layers(level):
         raise ValueError(f"{folder / 'clora.json'}: this UNet has no maps at map_level {level!r}")
-    beside = ["unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json",
-              "clora.json", *(f"tokenizer/{file}" for file in TOKENIZER_FILES)]
-    files = [unet_file, vae_file, text_file, *(folder / file for file in beside if (folder / file).is_file())]
+    beside = [folder / "unet/config.json", *vae_files[1:], folder / "text_encoder/config.json",
+              folder / "scheduler/scheduler_config.json", folder / "clora.json",
+              *(folder / "tokenizer" / file for file in TOKENIZER_FILES)]
+    files = [unet_file, vae_files[0], text_file, *filter(Path.is_file, beside)]
     return Model(unet, vae, _text_encoder(folder / "tokenizer", text),
                  _read_json(folder / "scheduler/scheduler_config.json") | SCHEDULER_ALWAYS, name, files, settings)
 
@@ -135,17 +147,47 @@ def _weights_names(part: str) -> tuple[str, str, str]:
     return f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{old}.bin"
 
 
-def _weights_file(folder: Path) -> Path:
-    names = _weights_names(folder.name)
+def _weights_file(folder: Path, part: str) -> Path:
+    names = _weights_names(part)
     for name in names:
         if (folder / name).is_file():
             return folder / name
     raise ValueError(f"{folder}: the weights are missing; one of {', '.join(names)} must be there")
 
 
+def _load_vae(source: str | Path, device: str, dtype: torch.dtype) -> tuple[VAE, list[Path]]:
+    """An autoencoder, and its files, the weights' first."""
+    path = Path(source)
+    if path.is_file():
+        def read() -> dict[str, Tensor]:
+            state = {key.removeprefix("first_stage_model."): value for key, value in read_state(path).items()}
+            if any(key.startswith("decoder.mid_block.") for key in state):          # diffusers' names
+                return _modern_vae(state)
+            return from_ldm({f"first_stage_model.{key}": value for key, value in state.items()})["vae"]
+        config, weights, files = VAEConfig(), path, [path]
+    else:
+        folder = path if path.is_dir() else _fetch_vae(_hub_id(source), dtype)
+        folder = folder if (folder / "config.json").is_file() or not (folder / "vae").is_dir() else folder / "vae"
+        config, weights = _parse(VAEConfig.from_dict, folder / "config.json"), _weights_file(folder, "vae")
+        files = [weights, folder / "config.json"]
+
+        def read() -> dict[str, Tensor]:
+            return _modern_vae(read_state(weights))
+    return _fill(lambda: VAE(config), read, weights, device, _vae_dtype(dtype)), files
+
+
 def _vae_dtype(dtype: torch.dtype) -> torch.dtype:
     # the decoder of SD 1.x overflows in half precision on some pictures; bfloat16 has the range
     return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _expect_same_latents(vae: VAEConfig, own: VAEConfig, path: Path) -> None:
+    """ValueError: an autoencoder of another family, whose latents mean something else to the UNet."""
+    for key in ("scaling_factor", "latent_channels", "factor"):
+        if getattr(vae, key) != getattr(own, key):
+            looks = " (it looks like SDXL's)" if vae.scaling_factor == 0.13025 else ""
+            raise ValueError(f"{path}: this VAE's {key} is {getattr(vae, key)}, the model's {getattr(own, key)}: "
+                             f"they are not of one family{looks}")
 
 
 def _modern_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -164,7 +206,7 @@ def _modern_vae(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 # --- a single file in the original layout -----------------------------------------------------------------------------
 
-def _load_single_file(path: Path, name: str, device: str, dtype: torch.dtype) -> Model:
+def _load_single_file(path: Path, name: str, device: str, dtype: torch.dtype, other: tuple[VAE, list[Path]] | None) -> Model:
     state = read_state(path)
     if any(key.startswith("conditioner.embedders") for key in state):
         raise ValueError(f"{path} looks like SDXL; this is an SD 1.x implementation")
@@ -183,12 +225,16 @@ def _load_single_file(path: Path, name: str, device: str, dtype: torch.dtype) ->
         return from_ldm(state if is_pickle(path) else read_state(path))[name]
 
     unet = _fill(UNet, lambda: part("unet"), path, device, dtype)
-    vae = _fill(VAE, lambda: part("vae"), path, device, _vae_dtype(dtype))
+    if other is None:
+        vae, files = _fill(VAE, lambda: part("vae"), path, device, _vae_dtype(dtype)), [path]
+    else:
+        vae, files = other[0], [path, *other[1]]
+        _expect_same_latents(vae.config, VAEConfig(), files[1])
     text = _text_model(SD15_TEXT, part("text_encoder"), path, device, dtype)
     beside = path.parent / "tokenizer"
     given = any((beside / name).is_file() for name in ("vocab.json", "tokenizer.json"))
     folder = beside if given else _fetch_tokenizer(path)
-    return Model(unet, vae, _text_encoder(folder, text), SD15_SCHEDULER, name, [path])
+    return Model(unet, vae, _text_encoder(folder, text), SD15_SCHEDULER, name, files)
 
 
 def from_ldm(state: dict[str, Tensor], unet_config: UNetConfig = UNetConfig(), vae_config: VAEConfig = VAEConfig()
@@ -214,20 +260,32 @@ def from_ldm(state: dict[str, Tensor], unet_config: UNetConfig = UNetConfig(), v
 
 # --- the hub ----------------------------------------------------------------------------------------------------------
 
-def _fetch(repo: str, dtype: torch.dtype) -> Path:
-    """Downloads what is used of a hub model, or finds it in the cache -> its folder."""
+def _fetch(repo: str, dtype: torch.dtype, parts: Sequence[str]) -> Path:
+    """Downloads what is used of a hub model, the weights of these parts, or finds it in the cache -> its folder."""
     wanted = ["model_index.json", "clora.json", "scheduler/scheduler_config.json"]
     wanted += [f"{part}/config.json" for part in ("unet", "vae", "text_encoder")]
     wanted += [f"tokenizer/{name}" for name in TOKENIZER_FILES]
     present = _list(repo)
-    for part in WEIGHTS:
-        names = [f"{part}/{name}" for name in _weights_names(part)]
-        if present is None:
-            wanted += names
-        else:
-            preferred = names if dtype == torch.float32 else [names[1], names[0], names[2]]
-            wanted += [name for name in preferred if name in present][:1]
+    for part in parts:
+        wanted += _preferred([f"{part}/{name}" for name in _weights_names(part)], present, dtype)
     return _download(repo, wanted, offline=present is None)
+
+
+def _fetch_vae(repo: str, dtype: torch.dtype) -> Path:
+    """The same of an autoencoder's own repository, or of the vae/ of a whole model's."""
+    present = _list(repo)
+    wanted = ["vae/config.json"] if present is not None and "config.json" not in present else ["config.json"]
+    folder = wanted[0].removesuffix("config.json")
+    wanted += _preferred([folder + name for name in _weights_names("vae")], present, dtype)
+    return _download(repo, wanted, offline=present is None)
+
+
+def _preferred(names: Sequence[str], present: set[str] | None, dtype: torch.dtype) -> list[str]:
+    """Of the names of a part's weights the one to fetch; all of them where it is not known what there is."""
+    if present is None:
+        return [*names]
+    preferred = names if dtype == torch.float32 else [names[1], names[0], names[2]]
+    return [name for name in preferred if name in present][:1]
 
 
 def split_weight(text: str) -> tuple[str, float | None]:
