@@ -1,11 +1,13 @@
 """What the README says of the files is true, and its example runs as it is printed."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import yaml
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -26,8 +28,12 @@ def test_the_table_of_files():
 
 def test_the_example_runs(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    (tmp_path / "weights").symlink_to(ROOT / "weights")            # it writes into the folder where it runs
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "composed.png") as picture:
+        assert picture.size == (128, 128)
     assert len(done.stdout.splitlines()) == 20 and "tensor" in done.stdout
 
 
