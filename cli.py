@@ -13,7 +13,7 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ with contextlib.suppress(ValueError):       # Windows: from another drive there 
 DEMO = {"prompt": "a ball and a ring on the grass",
         "lora": [[str(TOY / "loras/zib.safetensors"), "ball=zib ball"],
                  [str(TOY / "loras/pel.safetensors"), "ring=pel ring"]]}
-CHOICES: dict[str, tuple[str, ...]] = {"scheduler": tuple(SCHEDULERS), **clora.CHOICES}
+CHOICES: dict[str, Collection[str]] = {"scheduler": SCHEDULERS, **clora.CHOICES}            # with those of your own
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
           "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -78,8 +78,8 @@ def make_parser(add_help: bool = True) -> Parser:
     add = group.add_argument
     add("--model", default=str(TOY), metavar="MODEL",
         help="diffusers folder, single-file .safetensors or .ckpt, or hub id (default: the embedded model)")
-    add("--vae", metavar="VAE", help="an autoencoder in the place of the model's: diffusers folder, single file, or hub id, "
-        "as stabilityai/sd-vae-ft-mse ('': none, where the image of --from has one)")
+    add("--vae", metavar="VAE", help="an autoencoder in the place of the model's: diffusers folder, single file (taken for "
+        "SD 1.x's), or on the hub, as stabilityai/sd-vae-ft-mse ('': none, where the image of --from has one)")
     add("--prompt", help=f"names every subject's word once (default: {DEMO['prompt']!r})")
     add("--negative", default="", metavar="TEXT", help="negative prompt")
     add("--lora", nargs=2, action="append", metavar=("FILE[:WEIGHT]", "SUBJECT[=TRIGGER]"),
@@ -121,7 +121,7 @@ def make_parser(add_help: bool = True) -> Parser:
     for field in dataclasses.fields(Recipe):
         flag, default = "--" + field.name.replace("_", "-"), getattr(RECIPES["paper"], field.name)
         values = ", ".join(f"{name}: {getattr(recipe, field.name)}" for name, recipe in RECIPES.items())
-        options: dict = {"help": f"{comments[field.name]} ({values})"}
+        options: dict = {"help": f"{comments.get(field.name, '')} ({values})"}
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
         else:
@@ -237,7 +237,7 @@ def without_effect(args: argparse.Namespace, recipe: Recipe, steps: int, demo: b
     last = min(recipe.update_until, steps - 1)
     late = [step for step in args.refine_at or () if step > last]
     composed, never = args.method == "clora" and bool(args.lora), recipe.mask_from >= steps
-    several = composed and len(args.lora) > 1
+    several, both = composed and len(args.lora) > 1, recipe.maps_from == "both"
     refined = any(step <= last for step in recipe.refine_at)
     own = () if demo or args.source else ("lora", "style")                  # else nobody gave these
     rules: tuple[tuple[tuple[str, ...], bool, str], ...] = (
@@ -246,7 +246,7 @@ def without_effect(args: argparse.Namespace, recipe: Recipe, steps: int, demo: b
         ((*own, "text_lora"), args.method == "base", "is for other methods; --method base draws without LoRAs"),
         ((*MASKS, *UPDATES, "maps_from"), not composed, "is for --method clora with --lora: it alone reads maps"),
         (UPDATES, composed and len(args.lora) == 1, "is for two LoRAs and more: one alone has nothing to be parted from"),
-        (("negative", "guidance_rescale", "uncond_from"), recipe.guidance == 1 and recipe.maps_from == "cond",
+        (("negative", "guidance_rescale", "uncond_from"), recipe.guidance == 1 and not (composed and both),
          "is for guidance, and --guidance 1 is none"),
         (UPDATES[1:], several and last < 0, "is for latent updates, and --update-until says never"),
         (("refine_steps", "refine_stop"), several and last >= 0 and not refined, "is for --refine-at, and none is updated"),
@@ -291,7 +291,8 @@ def settings_of(args: argparse.Namespace, recipe: Recipe, model: Model, subjects
             words.append(f"{flag}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
     return {"prompt": args.prompt, "negative": args.negative, "seed": str(seed), "method": args.method,
             "recipe": {"name": args.recipe, **dataclasses.asdict(recipe)},
-            "model": {"name": from_repository(args.model), "hash": model.hash()},         # of --vae too
+            "model": {"name": from_repository(args.model), "hash": model.hash},
+            "vae": {"name": from_repository(args.vae), "hash": model.vae_hash} if args.vae else None,
             "loras": [{"file": s.lora.path.name, "sha256": s.lora.sha256, "subject": s.word, "trigger": s.trigger,
                        "weight": s.weight} for s in subjects],
             "style": None if style is None else {"file": style[0].path.name, "sha256": style[0].sha256, "weight": style[1]},
@@ -369,7 +370,8 @@ def run(args: argparse.Namespace) -> None:
     size = (default if args.height is None else args.height, default if args.width is None else args.width)
     clora.initial_noise(model, *size, seeds[0])             # refuses sizes that do not fit
     subjects, style = read_subjects(args, model)
-    read = {path.resolve() for path in (*model.files, *(s.lora.path for s in subjects), *([style[0].path] if style else []))}
+    loras = (*(subject.lora for subject in subjects), *([style[0]] if style else []))
+    read = {path.resolve() for path in (*model.files, *model.vae_files, *(lora.path for lora in loras))}
     if replaced := [str(path) for path in traces.values() if path.resolve() in read]:
         raise ValueError(f"--trace {replaced[0]} would replace a file that is read; name another")
     plan = clora.make_plan(model, args.prompt, subjects, style, args.negative, args.method, recipe)

@@ -39,7 +39,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every choice of the method. The defaults are the paper's; where it is silent the release's, and the usual guidance."""
+    """Every choice of the method. The defaults are the paper's; where it is silent the release's, and the usual guidance.
+
+    The command line has a flag for each field, and the comment is its help: bool, int, float, str or a tuple of ints.
+    """
 
     steps: int = 50                     # denoising steps
     scheduler: str = "ddim"             # ddim, pndm, dpm++, dpm++-karras or lcm
@@ -393,22 +396,25 @@ def read_maps(probs: Sequence[Tensor], size: Sequence[int], variants: int, maps_
 @torch.no_grad()
 def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator: Generators = None,
             low_memory: bool = False, loss: Callable[..., Tensor] = info_nce_loss,
-            make_masks: Callable[..., Tensor] = variant_masks) -> Iterator[Step]:
+            make_masks: Callable[..., Tensor] = variant_masks,
+            update: Callable[..., Tensor] = update_latents) -> Iterator[Step]:
     """Denoises initial noise [B, 4, h, w] and yields every step; the last one's latents are the pictures'.
 
     Each picture has its own loss and masks, and where the sampler adds noise its own generator of the list: a batch gives
     what its pictures give alone, and `low_memory`, one variant after the other, gives the same result, both to rounding.
-    To change the method: `loss` and `make_masks` take what info_nce_loss and variant_masks take and return such tensors (no
-    pixel without a variant), a sampler is a Scheduler under a name of its own in SCHEDULERS, and a step's latents may be
-    changed in place: the next step starts from them (examples/). PNDM's second step alone starts again where its first did,
-    as in diffusers. The plan is read once, at the start. A model serves one thread at a time, and is not to be loaded in
-    inference mode.
+    To change the method: `loss`, `make_masks` (for one picture after the other) and `update` take what info_nce_loss,
+    variant_masks and update_latents take and return such tensors (no pixel without a variant), a sampler is a Scheduler
+    under a name of its own in SCHEDULERS, and a step's latents may be changed in place: the next step starts from them
+    (examples/). PNDM's second step alone starts again where its first did, as in diffusers. The plan is read once, at the
+    start. A model serves one thread at a time, and is not to be loaded in inference mode.
     ValueError: steps that the scheduler cannot do, latents that became NaN (the step is named), masks of another shape.
     """
     scheduler = make_scheduler(model.scheduler_config, recipe.steps, recipe.scheduler, eta=recipe.eta)
     unet, variants = model.unet, len(plan.prompts)
     layers = unet.map_layers(model.map_level) if plan.concepts else ()
-    guided = recipe.guidance != 1 or recipe.maps_from == "both"                     # at 1 the unconditional half cancels out
+    if plan.concepts and not layers:
+        raise ValueError(f"this UNet has no maps at map_level {model.map_level}; set model.settings[\"map_level\"]")
+    guided = recipe.guidance != 1 or bool(layers) and recipe.maps_from == "both"    # at 1 the unconditional half cancels out
     shared = guided and recipe.uncond_from == "base"
     if recipe.uncond_from == "base" and variants > 1 and not plan.concepts:
         raise ValueError("--uncond-from base is for --method clora: this plan has no variant without LoRAs")
@@ -438,7 +444,7 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
                     if not moving.any():
                         break
                 before = torch.where(moving, z, before)
-                z = torch.where(moving, update_latents(z, gradient, recipe.alpha), z)
+                z = torch.where(moving, update(z, gradient, recipe.alpha), z)
                 losses.append(value)
                 updates.append(z)
                 moved.append(moving.flatten())
@@ -467,6 +473,8 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
                 if masks.shape != (len(z), variants, *z.shape[2:]):
                     raise ValueError(f"make_masks gave masks of shape {list(masks.shape[1:])}, and {variants} variants "
                                      f"need {[variants, *z.shape[2:]]}, the base variant's first")
+                if z.device.type == "cpu" and not masks.sum(dim=1).all():
+                    raise ValueError(f"make_masks left pixels without a variant at step {i}")
         noise = blend(cond, masks)
         if guided:
             noise = guide(uncond[:, 0] if shared else blend(uncond, masks), noise, recipe)

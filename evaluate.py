@@ -308,6 +308,7 @@ class Maker:
     """Loads every LoRA once and makes the images of the list."""
 
     def __init__(self, args: argparse.Namespace):
+        args.vae = args.vae or None
         self.model = load_model(args.model, args.device, DTYPES[args.dtype], args.vae)
         embedded = is_embedded(args.model)
         self.judge: Judge | None = load_judge() if embedded else None
@@ -391,6 +392,14 @@ class Maker:
 def digest(value) -> str:
     """16 hex digits of anything that JSON can write."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def code_digest() -> str:
+    """Of all that an image and its figures depend on beside the model: this program, and the judge where it serves."""
+    here = Path(__file__).parent
+    names = ("attention.py", "clora.py", "evaluate.py", "lora.py", "scheduler.py", "text.py", "unet.py", "vae.py",
+             "weights/__init__.py", "weights/lora.py", "weights/toy/judge.py", "weights/toy/judge/model.safetensors")
+    return digest([hashlib.sha256((here / name).read_bytes()).hexdigest() for name in names])
 
 
 def references_digest(sets: Sequence[dict]) -> str | None:
@@ -512,6 +521,8 @@ def table(lines: list[dict], columns: list[str]) -> str:
     if not any(by.values()):
         return "no image was made"
     present = [figure for figure in FIGURES if any(figure[1] in line for line in lines)]
+    if any("styled" in line for line in lines):             # then looks are not judged
+        present = [("a subject is missing" if key == "missing" else name, key, form) for name, key, form in present]
     # of masks only some methods have any
     first, key, form = next((figure for figure in present if figure[1] != "mask"), ("nothing", "", ""))
     others = [other for other in ("merge", "clora") if other in columns and key]
@@ -673,7 +684,8 @@ def sweep(args: argparse.Namespace, maker: Maker, recipes: dict[str, Recipe], ch
     # what every line of a results file must have been made with
     named = [{**one, "loras": [[from_repository(file), words] for file, words in one["loras"]],
               **({"style": from_repository(one["style"])} if "style" in one else {})} for one in sets]
-    common = {"model": maker.model.hash(), "sets": digest(named), "loras": digest(maker.hashes(sets)), "changes": changes,
+    common = {"code": code_digest(), "model": maker.model.hash, "vae": maker.model.vae_hash, "sets": digest(named),
+              "loras": digest(maker.hashes(sets)), "changes": changes,
               "dtype": str(DTYPES[args.dtype]).removeprefix("torch."), "batch": args.batch, "scores": maker.scores,
               "references": None if args.no_scores else references_digest(sets)}
     stamps = {column: {**common, "recipe": digest(dataclasses.asdict(recipe))} for column, recipe in recipes.items()}

@@ -95,7 +95,10 @@ def save_trace(path: Path, steps: Sequence[Step]) -> None:
 
     timestep [S], latents [S, 4, h, w] (after the step), noise [S, 4, h, w], maps [S, V, m, n, T], masks [S, V, h, w],
     loss [E], update_step [E], updated_latents [E, 4, h, w]. What a method does not have is left out.
+    ValueError: the steps of a batch; Step.picture gives those of one picture.
     """
+    if any(len(step.latents) != 1 for step in steps):
+        raise ValueError("a trace is of one picture; give [step.picture(b) for step in steps]")
     tensors = {"timestep": torch.tensor([step.timestep for step in steps]),
                "latents": torch.cat([step.latents for step in steps]),
                "noise": torch.cat([step.noise for step in steps])}

@@ -26,7 +26,7 @@ def recall(argv: Sequence[str], image: Path, make_parser: Callable[..., argparse
     """The arguments that made an image, with those of argv on top.
 
     Beside what argv gives: `recorded` has the recipe's values (none if argv names another --recipe), `chunks` the settings,
-    `given` what argv puts in the place of the image's files: "model", "style", "subject ball".
+    `given` what argv puts in the place of the image's files: "model", "vae", "style", "subject ball".
     A --lora of argv takes the place of the image's for the same word. ValueError: settings that cannot be used.
     """
     chunks = report.load_settings(image)
@@ -44,7 +44,7 @@ def recall(argv: Sequence[str], image: Path, make_parser: Callable[..., argparse
     args = make_parser().parse_args(argv, argparse.Namespace(**kept, recipe=None, lora=None))
     args.chunks, args.recorded = chunks, {}
     args.given = {name for name in ("model", "style") if getattr(args, name) != kept[name]}
-    args.given |= {"model"} if args.vae != then.vae else set()          # one hash for both
+    args.given |= {"vae"} if (args.vae or None) != then.vae else set()
     args.given |= {f"subject {word_of(words)}" for _, words in args.lora or []}
     if args.recipe is None:
         fields = [field.name for field in dataclasses.fields(Recipe)]
@@ -94,11 +94,12 @@ def same_command(one: str, other: str, by_name: bool) -> bool:
 
 
 def hashes_of(chunks: dict[str, str]) -> dict[str, str]:
-    """{"model", "style" or "subject " and its word: hash} as the image has them. ValueError: damaged."""
+    """{"model", "vae", "style" or "subject " and its word: hash} as the image has them. ValueError: damaged."""
     try:
-        model, loras, style = (json.loads(chunks.get(key, "null")) for key in ("model", "loras", "style"))
+        model, vae, loras, style = (json.loads(chunks.get(key, "null")) for key in ("model", "vae", "loras", "style"))
         hashes = {"model": model["hash"], **{f"subject {one['subject'].lower()}": one["sha256"] for one in loras}}
         hashes |= {} if style is None else {"style": style["sha256"]}
+        hashes |= {} if vae is None else {"vae": vae["hash"]}
         if not all(isinstance(one, str) for one in hashes.values()):
             raise TypeError
         return hashes
@@ -109,7 +110,7 @@ def hashes_of(chunks: dict[str, str]) -> dict[str, str]:
 def changed_files(args: argparse.Namespace, model: Model, subjects: Sequence[Subject], style: tuple[LoRA, float] | None
                   ) -> list[str]:
     """A line for every file that is not what the image was made with, but for what the flags put in its place."""
-    now = {"model": (args.model, model.hash()),
+    now = {"model": (args.model, model.hash), **({"vae": (args.vae, model.vae_hash)} if model.vae_hash else {}),
            **{f"subject {s.word.lower()}": (s.lora.path, s.lora.sha256) for s in subjects}}
     if style is not None:
         now["style"] = style[0].path, style[0].sha256

@@ -201,8 +201,10 @@ class UNet(nn.Module):
         """Names of the cross-attention layers whose maps are [h / 2^level, w / 2^level], in the order they run.
 
         Level 2 of SD 1.5: down_blocks.2.attentions.0-1 and up_blocks.1.attentions.0-2 (CLoRA, section 3.1).
-        The middle block, of the last level's size, is never among them.
+        The middle block, of the last level's size, is never among them. () where a level has none.
         """
+        if not 0 <= level < len(self.down_blocks):
+            return ()
         down, up = f"down_blocks.{level}", f"up_blocks.{len(self.up_blocks) - 1 - level}"
         return tuple(f"{name}.attentions.{n}" for name in (down, up)
                      for n in range(len(self.get_submodule(name).attentions)))      # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import cli
 import clora
+import report
 from unet import UNet
 from weights import load_model
 
@@ -367,6 +368,13 @@ def test_a_file_with_the_layers_of_lcm_lora_as_style(tmp_path):
     assert load_file(tmp_path / "t.safetensors")["timestep"].tolist() == [999, 759, 499, 259]       # as diffusers'
     assert run(*TWO, *flags, out=tmp_path / "b") == 0
     assert not np.array_equal(pixels(tmp_path / "a/clora-0.png"), pixels(tmp_path / "b/clora-0.png"))
+
+
+def test_a_trace_is_of_one_picture(tmp_path):
+    both = clora.Step(0, 1, *[torch.zeros(2, 4, 2, 2)] * 3)
+    with pytest.raises(ValueError, match="one picture"):
+        report.save_trace(tmp_path / "a.safetensors", [both])
+    report.save_trace(tmp_path / "a.safetensors", [both.picture(1)])
 
 
 def test_a_trace_replaces_nothing_that_is_read(tmp_path, capsys):

@@ -355,6 +355,9 @@ def test_a_loss_and_masks_of_ones_own(low_memory):
     assert torch.equal(once.masks[0], everything_to[0]) and not torch.allclose(once.noise, other.noise)
     with pytest.raises(ValueError, match=r"\[2, 6, 8\], and 3 variants need \[3, 6, 8\]"):
         list(clora.compose(model, plan, recipe, noise, None, low_memory, make_masks=lambda *_: torch.ones(2, 6, 8)))
+    masks_with_holes = torch.eye(6, 8).repeat(3, 1, 1)
+    with pytest.raises(ValueError, match="pixels without a variant at step 0"):
+        list(clora.compose(model, plan, recipe, noise, None, low_memory, make_masks=lambda *_: masks_with_holes))
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm++"])
@@ -522,6 +525,30 @@ def test_without_guidance_the_unconditional_half_is_not_computed(low_memory, cha
     alone = last(1.0)
     assert len(rows) == 3 * 3
     assert ((alone - almost).norm() / almost.norm()).item() < 1e-9
+    if not changes:                                         # without concepts no maps are read from that half
+        plan, recipe = dataclasses.replace(plan, concepts=(), words=()), Recipe(steps=2, guidance=1, maps_from="both")
+        rows.clear()
+        list(clora.compose(model, plan, recipe, noise, None, low_memory))
+        assert len(rows) == 2 * 3
+
+
+def test_an_update_of_ones_own():
+    model, plan = tiny_model()
+    recipe, noise = Recipe(steps=2, refine_at=()), torch.randn(1, 4, 6, 8, dtype=torch.float64)
+
+    def half(latents: Tensor, gradient: Tensor, alpha: float) -> Tensor:
+        return clora.update_latents(latents, gradient, alpha / 2)
+    ours = list(clora.compose(model, plan, recipe, noise, update=half))[-1].latents
+    theirs = list(clora.compose(model, plan, dataclasses.replace(recipe, alpha=10.0), noise))[-1].latents
+    assert torch.equal(ours, theirs)
+
+
+def test_a_model_without_maps_at_its_level():
+    model, plan = tiny_model()
+    for level in (2, 7, -1):
+        model.map_level = level
+        with pytest.raises(ValueError, match=f"no maps at map_level {level}"):
+            next(clora.compose(model, plan, Recipe(steps=2), torch.randn(1, 4, 6, 8, dtype=torch.float64)))
 
 
 class NoWaiting(TorchDispatchMode):

@@ -246,6 +246,15 @@ def test_results_of_other_settings_are_not_mixed(here, tmp_path):
     assert (tmp_path / "r/results-0.jsonl").read_bytes() == before
 
 
+def test_results_of_another_judge_are_not_mixed(here, monkeypatch):
+    short = [*FAST, "--prompts", "1", "--seeds", "0", "--methods", "base", "--out", "r"]
+    assert here(*short).returncode == 0
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b" " * (path.name == "judge.py"))
+    done = here(*short)
+    assert done.returncode == 2 and "another code" in done.stderr
+
+
 def test_results_that_another_process_makes_meanwhile_with_other_settings(here, tmp_path, monkeypatch):
     """Two processes of one sweep, started together: each looks at what is there before the other has written anything."""
     arguments = ["--prompts", "1", "--seeds", "0-1", "--batch", "1", "--methods", "base", "--quiet", "--no-scores"]

@@ -142,8 +142,9 @@ def test_a_changed_file_of_the_model_is_noticed(file, user, capsys):
     middle = len(content) // 2
     swapped = content[middle:middle + 1].translate(bytes(range(1, 256)) + b"\0")
     path.write_bytes(content[:middle] + swapped + content[middle + 1:] if path.suffix == ".safetensors" else content + b"\n")
-    assert again() == 0
-    assert "warning: model is not what out/clora-3.png was made with" in capsys.readouterr().err
+    for flags in ([], ["--vae", ""], ["--vae", "model/vae"]):
+        assert again(*flags) == 0
+        assert "warning: model is not what out/clora-3.png was made with" in capsys.readouterr().err
 
 
 def test_what_the_flags_replace_is_no_change(user, capsys):
@@ -167,6 +168,8 @@ def test_another_vae_is_part_of_the_settings(user, capsys):
     assert again(image=str(image)) == 0 and Path("again/clora-3.png").read_bytes() == image.read_bytes()
     assert again("--vae", "", image=str(image)) == 0 and capsys.readouterr().err == ""
     assert Path("again/clora-3.png").read_bytes() == Path("out/clora-3.png").read_bytes()
+    save_file(state, "vae/diffusion_pytorch_model.safetensors")
+    assert again(image=str(image)) == 0 and "warning: vae is not what" in capsys.readouterr().err
     Path("vae").rename("moved")
     assert again(image=str(image)) == 2 and "say where it is: --vae VAE" in capsys.readouterr().err
     assert again("--vae", "moved", image=str(image)) == 0

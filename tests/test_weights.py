@@ -100,16 +100,16 @@ def test_the_hash_of_a_single_file_is_its_own():
     path = GOLDEN / "unet/diffusion_pytorch_model.safetensors"
     model = load_model(GOLDEN)
     model.files = [path]
-    assert model.hash() == hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    assert model.hash == hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def test_the_hash_follows_the_weights(folder):
-    first = load_model(folder).hash()
-    assert first == load_model(GOLDEN).hash() and len(first) == 16
+    first = load_model(folder).hash
+    assert first == load_model(GOLDEN).hash and len(first) == 16
     path = folder / "vae/diffusion_pytorch_model.safetensors"
     state = load_file(path)
     save_file({key: value + 1 if key == "quant_conv.bias" else value for key, value in state.items()}, path)
-    assert load_model(folder).hash() != first
+    assert load_model(folder).hash != first
 
 
 def test_other_file_names(folder):
@@ -174,9 +174,7 @@ def test_another_vae(kind, other, tmp_path, monkeypatch):
     for part, expected in (("unet", own.unet), ("vae", wanted.vae)):
         state, theirs = getattr(model, part).state_dict(), expected.state_dict()
         assert state.keys() == theirs.keys() and all(torch.equal(state[key], theirs[key]) for key in theirs)
-    assert len({model.hash(), own.hash()}) == 2
-    if kind in ("model", "folder"):
-        assert model.hash() == wanted.hash()
+    assert own.vae_hash is None and model.vae_hash and model.hash == own.hash != wanted.hash
 
 
 @pytest.mark.parametrize("change, word", [
@@ -199,7 +197,7 @@ def test_files_that_are_no_vae(tmp_path):
 
 @pytest.mark.parametrize("prefix", ["", "vae/"])
 def test_a_vae_on_the_hub(prefix, other, tmp_path, monkeypatch):
-    """Of the two repositories only what is used is fetched: of the model's no weights of its own autoencoder."""
+    """Of its own repository or of a whole model's only what is used is fetched."""
     import fnmatch
 
     import huggingface_hub
@@ -215,9 +213,25 @@ def test_a_vae_on_the_hub(prefix, other, tmp_path, monkeypatch):
         return str(tmp_path / repo)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda api, repo, **_: listing([*hub[repo]]))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert load_model("us/model", vae="them/vae").hash() == load_model(other).hash()
+    assert load_model("us/model", vae="them/vae").vae_hash == load_model(GOLDEN, vae=other / "vae").vae_hash
     assert asked["them/vae"] == {f"{prefix}config.json", f"{prefix}diffusion_pytorch_model.safetensors"}
-    assert "vae/config.json" in asked["us/model"] and "vae/diffusion_pytorch_model.safetensors" not in asked["us/model"]
+
+
+def test_a_vae_in_one_file_on_the_hub(other, monkeypatch):
+    """A config.json beside it says what it is; a repository of files alone has to be told which."""
+    import huggingface_hub
+    files = ["ema.safetensors", "config.json"]
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda api, repo, **_: listing(files))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(other / "vae"))
+    (other / "vae/diffusion_pytorch_model.safetensors").rename(other / "vae/ema.safetensors")
+    model = load_model(GOLDEN, vae="them/vae-original:ema.safetensors")
+    assert model.vae_files == [other / "vae/ema.safetensors", other / "vae/config.json"]
+    edit(other / "vae/config.json", scaling_factor=0.13025)
+    with pytest.raises(ValueError, match="SDXL"):
+        load_model(GOLDEN, vae="them/vae-original:ema.safetensors")
+    files.remove("config.json")
+    with pytest.raises(ValueError, match="name a file of it as them/vae-original:FILE"):
+        load_model(GOLDEN, vae="them/vae-original")
 
 
 # --- single files -----------------------------------------------------------------------------------------------------
@@ -400,7 +414,7 @@ def test_a_model_of_pickles_on_the_hub(folder, tmp_path, monkeypatch):
         return str(tmp_path / "got")
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda api, repo, **_: listing(files))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert load_model("someone/of-2022").hash() == load_model(folder).hash()
+    assert load_model("someone/of-2022").hash == load_model(folder).hash
 
 
 def test_the_hub_out_of_reach(monkeypatch):

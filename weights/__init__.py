@@ -17,6 +17,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -62,7 +63,7 @@ class Model:
     name: str                                               # as the caller wrote it
     files: list[Path]                                       # a folder's that count; of a single file that alone
     settings: dict = field(default_factory=dict)            # the folder's clora.json: map_level, recipe
-    _hash: str = ""
+    vae_files: list[Path] = field(default_factory=list)     # of an autoencoder in the place of the model's
 
     @property
     def map_level(self) -> int:
@@ -73,15 +74,23 @@ class Model:
         """A LoRA for this model: a file, or "user/repo[:file]" on the hub. ValueError: see find_lora and read_lora."""
         return read_lora(find_lora(source), self.unet, self.text.model)
 
+    @cached_property                                        # gigabytes: read once
     def hash(self) -> str:
         """16 hex digits that change with any of its `files`. A single file's are the first of its SHA-256, as on Civitai."""
-        if not self._hash:                                  # gigabytes: read once
-            digests = []
-            for path in self.files:
-                with open(path, "rb") as file:
-                    digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-            self._hash = (digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest())[:16]
-        return self._hash
+        return _hash(self.files)
+
+    @cached_property
+    def vae_hash(self) -> str | None:
+        """The same of an autoencoder in the place of the model's."""
+        return _hash(self.vae_files) if self.vae_files else None
+
+
+def _hash(files: Sequence[Path]) -> str:
+    digests = []
+    for path in files:
+        with open(path, "rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return (digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest())[:16]
 
 
 def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, vae: str | Path | None = None
@@ -89,7 +98,7 @@ def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = tor
     """A model in eval mode without gradients. ValueError, one line that names the file: missing, damaged, another family.
 
     vae: an autoencoder in the place of the model's: a folder in diffusers' layout (its own, or a whole model's), a single
-    file, or a hub id as "stabilityai/sd-vae-ft-mse".
+    file, or on the hub "user/repo" or "user/repo:file". A file without its config.json beside it is taken for SD 1.x's.
     """
     path = Path(source)
     other = None if vae is None else _load_vae(vae, device, dtype)
@@ -97,8 +106,7 @@ def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = tor
         return _load_folder(path, str(source), device, dtype, other)
     if path.is_file():
         return _load_single_file(path, str(source), device, dtype, other)
-    parts = [part for part in WEIGHTS if part != "vae" or other is None]
-    return _load_folder(_fetch(_hub_id(source), dtype, parts), str(source), device, dtype, other)
+    return _load_folder(_fetch(_hub_id(source), dtype), str(source), device, dtype, other)
 
 
 def _hub_id(source: str | Path) -> str:
@@ -119,6 +127,7 @@ def _load_folder(folder: Path, name: str, device: str, dtype: torch.dtype, other
     unet = _fill(lambda: UNet(unet_config), lambda: read_state(unet_file), unet_file, device, dtype)
     vae, vae_files = _load_vae(folder / "vae", device, dtype) if other is None else other
     _expect_same_latents(vae.config, vae_config, vae_files[0])
+    own = [path for path in (folder / "vae" / name for name in _weights_names("vae")) if path.is_file()][:1]    # hashed
     text_config = _read_json(folder / "text_encoder/config.json")
     text_file = _weights_file(folder / "text_encoder", "text_encoder")
     text = _text_model(text_config, read_state(text_file), text_file, device, dtype)
@@ -134,12 +143,12 @@ def _load_folder(folder: Path, name: str, device: str, dtype: torch.dtype, other
     level = settings.get("map_level", 2)
     if type(level) is not int or not 0 <= level < len(unet.down_blocks) or not unet.map_layers(level):
         raise ValueError(f"{folder / 'clora.json'}: this UNet has no maps at map_level {level!r}")
-    beside = [folder / "unet/config.json", *vae_files[1:], folder / "text_encoder/config.json",
-              folder / "scheduler/scheduler_config.json", folder / "clora.json",
-              *(folder / "tokenizer" / file for file in TOKENIZER_FILES)]
-    files = [unet_file, vae_files[0], text_file, *filter(Path.is_file, beside)]
+    beside = ["unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json",
+              "clora.json", *(f"tokenizer/{file}" for file in TOKENIZER_FILES)]
+    files = [unet_file, *own, text_file, *(folder / file for file in beside if (folder / file).is_file())]
     return Model(unet, vae, _text_encoder(folder / "tokenizer", text),
-                 _read_json(folder / "scheduler/scheduler_config.json") | SCHEDULER_ALWAYS, name, files, settings)
+                 _read_json(folder / "scheduler/scheduler_config.json") | SCHEDULER_ALWAYS, name, files, settings,
+                 [] if other is None else vae_files)
 
 
 def _weights_names(part: str) -> tuple[str, str, str]:
@@ -157,7 +166,8 @@ def _weights_file(folder: Path, part: str) -> Path:
 
 def _load_vae(source: str | Path, device: str, dtype: torch.dtype) -> tuple[VAE, list[Path]]:
     """An autoencoder, and its files, the weights' first."""
-    path = Path(source)
+    place = hub_place(source)
+    path = find_lora(source) if place and place[1] else Path(source)                # a file on the hub is one as any other
     if path.is_file():
         def read() -> dict[str, Tensor]:
             state = {key.removeprefix("first_stage_model."): value for key, value in read_state(path).items()}
@@ -165,6 +175,9 @@ def _load_vae(source: str | Path, device: str, dtype: torch.dtype) -> tuple[VAE,
                 return _modern_vae(state)
             return from_ldm({f"first_stage_model.{key}": value for key, value in state.items()})["vae"]
         config, weights, files = VAEConfig(), path, [path]
+        beside = path.with_name("config.json")
+        if beside.is_file() and _read_json(beside).get("_class_name") == "AutoencoderKL":
+            config, files = _parse(VAEConfig.from_dict, beside), [path, beside]
     else:
         folder = path if path.is_dir() else _fetch_vae(_hub_id(source), dtype)
         folder = folder if (folder / "config.json").is_file() or not (folder / "vae").is_dir() else folder / "vae"
@@ -226,15 +239,15 @@ def _load_single_file(path: Path, name: str, device: str, dtype: torch.dtype, ot
 
     unet = _fill(UNet, lambda: part("unet"), path, device, dtype)
     if other is None:
-        vae, files = _fill(VAE, lambda: part("vae"), path, device, _vae_dtype(dtype)), [path]
+        other = _fill(VAE, lambda: part("vae"), path, device, _vae_dtype(dtype)), []
     else:
-        vae, files = other[0], [path, *other[1]]
-        _expect_same_latents(vae.config, VAEConfig(), files[1])
+        _expect_same_latents(other[0].config, VAEConfig(), other[1][0])
+    vae, vae_files = other
     text = _text_model(SD15_TEXT, part("text_encoder"), path, device, dtype)
     beside = path.parent / "tokenizer"
     given = any((beside / name).is_file() for name in ("vocab.json", "tokenizer.json"))
     folder = beside if given else _fetch_tokenizer(path)
-    return Model(unet, vae, _text_encoder(folder, text), SD15_SCHEDULER, name, files)
+    return Model(unet, vae, _text_encoder(folder, text), SD15_SCHEDULER, name, [path], {}, vae_files)
 
 
 def from_ldm(state: dict[str, Tensor], unet_config: UNetConfig = UNetConfig(), vae_config: VAEConfig = VAEConfig()
@@ -260,13 +273,13 @@ def from_ldm(state: dict[str, Tensor], unet_config: UNetConfig = UNetConfig(), v
 
 # --- the hub ----------------------------------------------------------------------------------------------------------
 
-def _fetch(repo: str, dtype: torch.dtype, parts: Sequence[str]) -> Path:
-    """Downloads what is used of a hub model, the weights of these parts, or finds it in the cache -> its folder."""
+def _fetch(repo: str, dtype: torch.dtype) -> Path:
+    """Downloads what is used of a hub model, or finds it in the cache -> its folder."""
     wanted = ["model_index.json", "clora.json", "scheduler/scheduler_config.json"]
     wanted += [f"{part}/config.json" for part in ("unet", "vae", "text_encoder")]
     wanted += [f"tokenizer/{name}" for name in TOKENIZER_FILES]
     present = _list(repo)
-    for part in parts:
+    for part in WEIGHTS:
         wanted += _preferred([f"{part}/{name}" for name in _weights_names(part)], present, dtype)
     return _download(repo, wanted, offline=present is None)
 
@@ -275,6 +288,8 @@ def _fetch_vae(repo: str, dtype: torch.dtype) -> Path:
     """The same of an autoencoder's own repository, or of the vae/ of a whole model's."""
     present = _list(repo)
     wanted = ["vae/config.json"] if present is not None and "config.json" not in present else ["config.json"]
+    if present is not None and wanted[0] not in present:
+        raise ValueError(f"{repo} has no VAE in diffusers' layout; name a file of it as {repo}:FILE")
     folder = wanted[0].removesuffix("config.json")
     wanted += _preferred([folder + name for name in _weights_names("vae")], present, dtype)
     return _download(repo, wanted, offline=present is None)
