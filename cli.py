@@ -77,7 +77,8 @@ def make_parser(add_help: bool = True) -> Parser:
     group = parser.add_argument_group("what to draw")
     add = group.add_argument
     add("--model", default=str(TOY), metavar="MODEL",
-        help="diffusers folder, single-file .safetensors or .ckpt, or hub id (default: the embedded model)")
+        help="diffusers folder, single-file .safetensors or .ckpt, or on the hub user/repo or user/repo:file (default: the "
+             "embedded model)")
     add("--vae", metavar="VAE", help="an autoencoder in the place of the model's: diffusers folder, single file (taken for "
         "SD 1.x's), or on the hub, as stabilityai/sd-vae-ft-mse ('': none, where the image of --from has one)")
     add("--prompt", help=f"names every subject's word once (default: {DEMO['prompt']!r})")

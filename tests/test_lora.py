@@ -5,6 +5,7 @@ import json
 import math
 import re
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from lora import LoRA, LoRAConv2d, attach, merged_weights
 from unet import UNet, UNetConfig
-from weights import load_model
-from weights.lora import read_lora
+from weights import find_lora, load_model
+from weights.lora import read_lora, read_pickle
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = UNetConfig(block_out_channels=(32, 64, 64, 64), norm_num_groups=8, cross_attention_dim=32, attention_head_dim=8)
@@ -704,7 +705,7 @@ def header(claim: dict, length: int | None = None) -> bytes:
 HUGE = {f"{Q}.lora_down.weight": {"dtype": "F32", "shape": [10**9, 64], "data_offsets": [0, 256 * 10**9]}}
 BAD_BYTES = {
     "empty": (b"", "is empty"),
-    "text": (b"<!DOCTYPE html><html>", "not a safetensors file"),
+    "text": (b"a long line of text", "not a safetensors file"),
     "three bytes": (b"abc", "not a safetensors file"),
     "header longer than the file": (header({}, 10**6), "not a safetensors file"),
     "header of 2^60 bytes": (header({}, 2**60), "not a safetensors file"),
@@ -715,6 +716,8 @@ BAD_BYTES = {
     "broken zip": (b"PK\x03\x04" + bytes(100), "damaged"),
     "broken pickle": (b"\x80\x02}q\x00", "damaged"),
     "bytes that are a pickle of nothing": (b"\x80\x02N.", "damaged"),
+    "Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "run git lfs pull"),
+    "web page": (b"\n<!DOCTYPE html><html>", "is a web page"), "GGUF": (b"GGUF" + bytes(99), "GGUF"),
 }
 
 
@@ -723,6 +726,30 @@ def test_bytes_that_are_refused(case, unet, tmp_path):
     content, words = BAD_BYTES[case]
     (tmp_path / "bad.safetensors").write_bytes(content)
     assert words in refused(tmp_path / "bad.safetensors", unet)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_what_pickles_of_2022_hold_beside_tensors_is_ignored(legacy, unet, tmp_path):
+    """SD 1.5's own .ckpt names a class of PyTorch Lightning, which need not be there, and numbers of NumPy."""
+    import numpy as np
+    module = type(sys)("pytorch_lightning.callbacks.model_checkpoint")
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
+            patch.setitem(sys.modules, name, module)
+        content = {"state_dict": pair(), "callbacks": {module.ModelCheckpoint: {"best": np.float64(0.5), "at": {1, 2}}},
+                   "saved": module.ModelCheckpoint(), "numbers": np.arange(3.0)}
+        torch.save(content, tmp_path / "cat.ckpt", _use_new_zipfile_serialization=not legacy)
+    tensors = read_pickle(tmp_path / "cat.ckpt")
+    assert tensors.keys() == pair().keys() and all(torch.equal(value, pair()[key]) for key, value in tensors.items())
+
+
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "adapter_model.bin"])
+def test_a_folder_of_a_training(name, tmp_path):
+    (tmp_path / "checkpoint-500").mkdir()
+    (tmp_path / name).touch()
+    assert find_lora(tmp_path) == tmp_path / name
+    assert find_lora(tmp_path / "checkpoint-500") == tmp_path / "checkpoint-500"
 
 
 def test_every_truncation_is_refused(unet, tmp_path):

@@ -288,8 +288,26 @@ def test_every_name_has_one_ldm_name():
     ("model.diffusion_model.input_blocks.0.0.weight", (320, 9, 3, 3), "inpainting"),
     ("model.diffusion_model.input_blocks.0.0.weight", (320, 4, 3, 3), "misses")])
 def test_single_files_of_other_kinds(key, shape, word, tmp_path):
-    save_file({key: torch.zeros(shape)}, tmp_path / "m.safetensors")
+    decoder = {"first_stage_model.decoder.conv_in.bias": torch.zeros(1)}
+    save_file({key: torch.zeros(shape), **decoder}, tmp_path / "m.safetensors")
     assert word in refused(tmp_path / "m.safetensors")
+
+
+def test_single_files_without_a_vae_or_with_v_prediction(tmp_path):
+    first = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3)}
+    save_file(first, tmp_path / "m.safetensors")
+    assert "give one, as --vae" in refused(tmp_path / "m.safetensors")
+    assert "misses" in refused(tmp_path / "m.safetensors", vae=GOLDEN)              # of the UNet
+    (tmp_path / "m.yaml").write_text("model:\n  params:\n    parameterization: 'v'\n")
+    assert "predicts v" in refused(tmp_path / "m.safetensors", vae=GOLDEN)
+    save_file(first | {"v_pred": torch.zeros(1)}, tmp_path / "comfy.safetensors")
+    assert "predicts v" in refused(tmp_path / "comfy.safetensors", vae=GOLDEN)
+
+
+def test_a_folder_without_a_vae(folder):
+    shutil.rmtree(folder / "vae")
+    assert "vae/config.json is missing" in refused(folder)
+    assert load_model(folder, vae=GOLDEN).vae_hash == load_model(GOLDEN, vae=GOLDEN).vae_hash
 
 
 def test_damaged_and_dangerous_single_files(tmp_path):
@@ -415,6 +433,18 @@ def test_a_model_of_pickles_on_the_hub(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda api, repo, **_: listing(files))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert load_model("someone/of-2022").hash == load_model(folder).hash
+
+
+def test_single_files_on_the_hub(tmp_path, monkeypatch):
+    import huggingface_hub
+    files = ["a.safetensors", "b.ckpt", "README.md"]
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda api, repo, **_: listing(files))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    assert "name a file of it, as us/merges:a.safetensors" in refused("us/merges")
+    save_file({"something.weight": torch.zeros(1)}, tmp_path / "a.safetensors")
+    assert "a.safetensors is no Stable Diffusion checkpoint" in refused("us/merges:a.safetensors")
+    files[:] = ["README.md"]
+    assert "has no model_index.json" in refused("us/merges")
 
 
 def test_the_hub_out_of_reach(monkeypatch):

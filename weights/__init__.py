@@ -28,7 +28,7 @@ from lora import LoRA
 from text import TextEncoder
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
-from weights.lora import is_pickle, is_stream, printable, read_lora, read_pickle
+from weights.lora import disguised, is_pickle, is_stream, printable, read_lora, read_pickle
 from weights.names import ldm_unet_name, ldm_vae_name
 
 # What SD 1.5 publishes; a single file carries none of it.
@@ -100,13 +100,19 @@ def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = tor
     vae: an autoencoder in the place of the model's: a folder in diffusers' layout (its own, or a whole model's), a single
     file, or on the hub "user/repo" or "user/repo:file". A file without its config.json beside it is taken for SD 1.x's.
     """
-    path = Path(source)
+    path = _local(source)
     other = None if vae is None else _load_vae(vae, device, dtype)
     if path.is_dir():
         return _load_folder(path, str(source), device, dtype, other)
     if path.is_file():
         return _load_single_file(path, str(source), device, dtype, other)
     return _load_folder(_fetch(_hub_id(source), dtype), str(source), device, dtype, other)
+
+
+def _local(source: str | Path) -> Path:
+    """The path itself, or that of "user/repo:file" on the hub, which is a file like any other."""
+    place = hub_place(source)
+    return find_lora(source) if place and place[1] else Path(source)
 
 
 def _hub_id(source: str | Path) -> str:
@@ -122,7 +128,8 @@ def _load_folder(folder: Path, name: str, device: str, dtype: torch.dtype, other
     if "XL" in str(index.get("_class_name", "")) or "text_encoder_2" in index:
         raise ValueError(f"{folder} looks like SDXL; this is an SD 1.x implementation")
     unet_config = _parse(UNetConfig.from_dict, folder / "unet/config.json")
-    vae_config = _parse(VAEConfig.from_dict, folder / "vae/config.json")
+    alone = other is not None and not (folder / "vae/config.json").exists()
+    vae_config = VAEConfig() if alone else _parse(VAEConfig.from_dict, folder / "vae/config.json")
     unet_file = _weights_file(folder / "unet", "unet")
     unet = _fill(lambda: UNet(unet_config), lambda: read_state(unet_file), unet_file, device, dtype)
     vae, vae_files = _load_vae(folder / "vae", device, dtype) if other is None else other
@@ -166,8 +173,7 @@ def _weights_file(folder: Path, part: str) -> Path:
 
 def _load_vae(source: str | Path, device: str, dtype: torch.dtype) -> tuple[VAE, list[Path]]:
     """An autoencoder, and its files, the weights' first."""
-    place = hub_place(source)
-    path = find_lora(source) if place and place[1] else Path(source)                # a file on the hub is one as any other
+    path = _local(source)
     if path.is_file():
         def read() -> dict[str, Tensor]:
             state = {key.removeprefix("first_stage_model."): value for key, value in read_state(path).items()}
@@ -234,6 +240,13 @@ def _load_single_file(path: Path, name: str, device: str, dtype: torch.dtype, ot
     if first.shape[1] != 4:
         raise ValueError(f"{path} takes {first.shape[1]} channels; it looks like an inpainting or another special model")
 
+    if other is None and not any(key.startswith("first_stage_model.decoder.") for key in state):
+        raise ValueError(f"{path} holds no autoencoder; give one, as --vae stabilityai/sd-vae-ft-mse")
+    beside = path.with_suffix(".yaml")                      # as A1111 reads it; the key is ComfyUI's
+    said = beside.read_text(errors="replace") if beside.is_file() else ""
+    if "v_pred" in state or re.search(r"^\s*parameterization:\s*[\"']?v\b", said, re.MULTILINE):
+        raise ValueError(f"{path} predicts v and not the noise, which is not supported")
+
     def part(name: str) -> dict[str, Tensor]:
         return from_ldm(state if is_pickle(path) else read_state(path))[name]
 
@@ -279,6 +292,10 @@ def _fetch(repo: str, dtype: torch.dtype) -> Path:
     wanted += [f"{part}/config.json" for part in ("unet", "vae", "text_encoder")]
     wanted += [f"tokenizer/{name}" for name in TOKENIZER_FILES]
     present = _list(repo)
+    if present is not None and "model_index.json" not in present:
+        files = sorted(name for name in present if name.endswith((".safetensors", ".ckpt")))
+        raise ValueError(f"{repo} is no model in diffusers' layout; name a file of it, as {repo}:{files[0]}" if files else
+                         f"{repo} is no model in diffusers' layout: it has no model_index.json")
     for part in WEIGHTS:
         wanted += _preferred([f"{part}/{name}" for name in _weights_names(part)], present, dtype)
     return _download(repo, wanted, offline=present is None)
@@ -312,7 +329,8 @@ def split_weight(text: str) -> tuple[str, float | None]:
 
 
 def find_lora(source: str | Path) -> Path:
-    """A LoRA's file: a path as it is, or "user/repo" or "user/repo:file.safetensors" on the hub or in its cache.
+    """A LoRA's file: a path as it is, or "user/repo" or "user/repo:file.safetensors" on the hub or in its cache. In a folder
+    it is the file that diffusers' or PEFT's training leaves there.
 
     A file that exists wins over a repository of that name. As everywhere with the hub its newest version is taken, and the
     cached one where the hub cannot be reached. Without a file name: pytorch_lora_weights.safetensors, else the only
@@ -320,7 +338,9 @@ def find_lora(source: str | Path) -> Path:
     """
     place = hub_place(source)
     if place is None:
-        return Path(source)                         # read_lora says what is wrong with it
+        files = (Path(source) / f"{stem}{ending}" for stem in ("pytorch_lora_weights", "adapter_model")
+                 for ending in LORA_ENDINGS)
+        return next(filter(Path.is_file, files), Path(source))          # read_lora says what is wrong with it
     repo, name = place
     present = _list(repo)
     if name is None:
@@ -398,7 +418,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     except ValueError as error:
         reason = str(error)
     except Exception as error:                      # SafetensorError, or what a damaged header makes torch raise
-        reason = f"is damaged or not a safetensors file ({error})"
+        reason = path.is_file() and disguised(path) or f"is damaged or not a safetensors file ({error}); download it again"
     raise ValueError(f"{path} {printable(reason, 600)}")
 
 

@@ -152,7 +152,8 @@ class _File:
                 handle = safe_open(path, "pt")
                 self.shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}
             except Exception as error:                          # SafetensorError, or OSError from the mapping
-                raise self.error(f"is damaged or not a safetensors file ({error}); download it again") from None
+                raise self.error(disguised(path) or f"is damaged or not a safetensors file ({error}); download it again") \
+                    from None
             self.metadata, self._get = handle.metadata() or {}, handle.get_tensor
         with path.open("rb") as stream:                         # now: whatever claims to be huge was refused
             digest = hashlib.file_digest(stream, "sha256")
@@ -241,9 +242,38 @@ class _File:
                           else f"{why}; use a LoRA that was trained on this kind of model")
 
 
+def disguised(path: Path) -> str:
+    """What a file is that is no safetensors file, where its first bytes tell; a sentence behind its name, or ""."""
+    with path.open("rb") as file:
+        head = file.read(40).lstrip()
+    kinds = {b"version https://git-lfs": "is a Git LFS pointer, not the file; run git lfs pull, or give the hub id",
+             b"<": "is a web page, not the file; the download needs a login or another address",
+             b"GGUF": "is a GGUF file, which is not supported; use the .safetensors"}
+    return next((what for start, what in kinds.items() if head.startswith(start)), "")
+
+
 # What a pickle of tensors calls when it is loaded. Of the rest some run code, some make gigabytes of a few bytes.
 CALLS = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor(_v2)?|parameter)|torch(\.storage)? \w+Storage"
-                   r"|torch (Size|device|b?float\d+|u?int\d+)")
+                   r"|torch (Size|device|b?float\d+|u?int\d+)|__builtin__ set")
+
+
+class Ignored:
+    """Stands for what checkpoints of 2022, SD 1.5's own .ckpt among them, hold beside tensors. Nothing of it is called."""
+
+    def __new__(cls, *_, **__):
+        return object.__new__(cls)
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+IGNORED = {f"{module} {name}": type(name, (Ignored,), {"__module__": module}) for module, name in (
+    ("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"), ("_codecs", "encode"), ("numpy", "dtype"),
+    ("numpy", "ndarray"), ("numpy.core.multiarray", "scalar"), ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"), ("numpy._core.multiarray", "_reconstruct"))}
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -263,10 +293,12 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
                 streams = [io.BytesIO(archive.read(name)) for name in archive.namelist() if name.endswith(".pkl")]
             for stream in streams:
                 for code, what, _ in pickletools.genops(stream):
-                    if code.name in ("GLOBAL", "INST", "STACK_GLOBAL") and not CALLS.fullmatch(str(what)):
+                    calls = code.name in ("GLOBAL", "INST", "STACK_GLOBAL")
+                    if calls and not CALLS.fullmatch(str(what)) and what not in IGNORED:
                         called = f" ({str(what).replace(' ', '.')})" if what else ""
                         raise pickle.UnpicklingError
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive is not None)
+        with torch.serialization.safe_globals(list(IGNORED.values())):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive is not None)
         content = dict(content.get("state_dict", content))
     except pickle.UnpicklingError:
         raise ValueError(f"is a pickle that would run code when loaded{called}, or is damaged; convert it to safetensors "
