@@ -39,6 +39,7 @@ class UNetConfig:
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     sample_size: int = 64
+    mid_block: bool = True              # small models without it: tiny-sd, BK-SDM
 
     # Options of the diffusers class that SD 1.x leaves at one value: {key: (allowed values, what else it would be)}
     FIXED = {
@@ -52,7 +53,7 @@ class UNetConfig:
         "only_cross_attention": ((False,), "the x4 upscaler"),
         "act_fn": (("silu", "swish"), "another family"),
         "resnet_time_scale_shift": (("default",), "another family"),
-        "mid_block_type": (("UNetMidBlock2DCrossAttn",), "another family"),
+        "mid_block_type": (("UNetMidBlock2DCrossAttn", None), "another family"),
         "attention_type": (("default",), "GLIGEN"),
         "conv_in_kernel": ((3,), "another family"), "conv_out_kernel": ((3,), "another family"),
         "downsample_padding": ((1,), "another family"), "mid_block_scale_factor": ((1,), "another family"),
@@ -73,6 +74,7 @@ class UNetConfig:
             if block not in known:
                 raise ValueError(f"this UNet is not of the SD 1.x family: it has a block of type {block}")
         values = {key: config[key] for key in cls.__dataclass_fields__ if config.get(key) is not None}
+        values["mid_block"] = config.get("mid_block_type", "") is not None
         early = re.match(r"0\.[0-8]\.", str(config.get("_diffusers_version")))
         if early and isinstance(values.get("sample_size"), int) and values["sample_size"] < 64:
             values["sample_size"] = 64                      # 32 meant nothing then; diffusers' pipeline corrects it likewise
@@ -184,7 +186,7 @@ class UNet(nn.Module):
             self.down_blocks.append(Block(config, resnets, attentions, heads[level], down=level < last))
             skips += [width] * (layers + (level < last))
 
-        self.mid_block = Block(config, [(widths[-1], widths[-1])] * 2, 1, heads[-1])
+        self.mid_block = Block(config, [(widths[-1], widths[-1])] * 2, 1, heads[-1]) if config.mid_block else None
 
         self.up_blocks = nn.ModuleList()
         channels = widths[-1]
@@ -266,11 +268,12 @@ class UNet(nn.Module):
                 skips.append(x)
 
         # 3. middle
-        x = call(self.mid_block.resnets[0], x, embed, adapters)
-        x = attend("mid_block.attentions.0", self.mid_block.attentions[0], x)
-        if finished():
-            return None, maps
-        x = call(self.mid_block.resnets[1], x, embed, adapters)
+        if self.mid_block is not None:
+            x = call(self.mid_block.resnets[0], x, embed, adapters)
+            x = attend("mid_block.attentions.0", self.mid_block.attentions[0], x)
+            if finished():
+                return None, maps
+            x = call(self.mid_block.resnets[1], x, embed, adapters)
 
         # 4. up
         for level, block in enumerate(self.up_blocks):

@@ -87,6 +87,25 @@ def test_stopping_after_the_maps_gives_the_same_maps(unets):
     assert noise is None and all(torch.equal(whole[name], short[name]) for name in layers)
 
 
+@pytest.mark.parametrize("levels", [3, 4])
+@torch.no_grad()
+def test_small_models_without_a_middle(levels):
+    """tiny-sd and BK-SDM, in small: one layer a block, no middle, attention down to the last level where there are three."""
+    torch.manual_seed(0)
+    theirs = diffusers.UNet2DConditionModel(
+        sample_size=64, cross_attention_dim=48, attention_head_dim=4, layers_per_block=1, mid_block_type=None,
+        block_out_channels=(32, 64, 96, 96)[:levels], norm_num_groups=8,
+        down_block_types=(*["CrossAttnDownBlock2D"] * 3, "DownBlock2D")[:levels],
+        up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3)[-levels:]).eval()
+    shake(theirs)
+    ours = UNet(UNetConfig.from_dict(dict(theirs.config))).eval()
+    ours.load_state_dict(theirs.state_dict())
+    latents, context = torch.randn(2, 4, 16, 24), torch.randn(2, 77, 48)
+    noise, maps = ours(latents, 421, context, maps_at=ours.map_layers(2))
+    assert relative(noise, theirs(latents, 421, context).sample) < 1e-5
+    assert {probs.shape[2] for probs in maps.values()} == {4 * 6} and len(maps) == 3
+
+
 @torch.no_grad()
 def test_vae_encode_and_decode():
     torch.manual_seed(0)
