@@ -320,7 +320,7 @@ def run(args: argparse.Namespace) -> None:
         if not is_embedded(args.model):
             raise ValueError(f"--model {args.model} is given without --prompt; write what to draw")
         args.prompt, args.lora = DEMO["prompt"], DEMO["lora"]
-    args.lora, args.style, args.vae = args.lora or [], args.style or None, args.vae or None
+    args.lora, args.style = args.lora or [], args.style or None
     if args.prompt is None:
         raise ValueError("--lora is given without --prompt; write the prompt that names its subject")
     if args.method != "base" and not args.lora and not args.style:

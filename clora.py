@@ -470,11 +470,7 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
                 active = active & (change_of(last, maps, plan) >= recipe.update_stop).view(-1, 1, 1, 1)
             if i >= recipe.mask_from:
                 masks = torch.stack([make_masks(one, plan.words, z.shape[2:], recipe) for one in maps])
-                if masks.shape != (len(z), variants, *z.shape[2:]):
-                    raise ValueError(f"make_masks gave masks of shape {list(masks.shape[1:])}, and {variants} variants "
-                                     f"need {[variants, *z.shape[2:]]}, the base variant's first")
-                if z.device.type == "cpu" and not masks.sum(dim=1).all():
-                    raise ValueError(f"make_masks left pixels without a variant at step {i}")
+                expect_masks(masks, (variants, *z.shape[2:]), i)
         noise = blend(cond, masks)
         if guided:
             noise = guide(uncond[:, 0] if shared else blend(uncond, masks), noise, recipe)
@@ -492,6 +488,14 @@ def change_of(last: Tensor, maps: Tensor, plan: Plan) -> Tensor:
     v, tokens = zip(*(place for concept in plan.concepts for place in concept))
     before, now = (x[:, v, :, :, tokens].transpose(0, 1).flatten(1) for x in (last, maps))      # [B, places * m * n]
     return (now - before).norm(dim=1) / before.norm(dim=1)
+
+
+def expect_masks(masks: Tensor, shape: tuple[int, ...], i: int) -> None:
+    if masks.shape[1:] != shape:
+        raise ValueError(f"make_masks gave masks of shape {list(masks.shape[1:])}, and {shape[0]} variants need "
+                         f"{list(shape)}, the base variant's first")
+    if masks.device.type == "cpu" and not masks.sum(dim=1).all():                   # a GPU would have to be waited for
+        raise ValueError(f"make_masks left pixels without a variant at step {i}")
 
 
 def expect_finite(finite: Sequence[Tensor]) -> None:

@@ -308,7 +308,6 @@ class Maker:
     """Loads every LoRA once and makes the images of the list."""
 
     def __init__(self, args: argparse.Namespace):
-        args.vae = args.vae or None
         self.model = load_model(args.model, args.device, DTYPES[args.dtype], args.vae)
         embedded = is_embedded(args.model)
         self.judge: Judge | None = load_judge() if embedded else None
@@ -395,7 +394,7 @@ def digest(value) -> str:
 
 
 def code_digest() -> str:
-    """Of all that an image and its figures depend on beside the model: this program, and the judge where it serves."""
+    """Of what an image and its verdict depend on beside model, LoRAs and settings: this program and the judge."""
     here = Path(__file__).parent
     names = ("attention.py", "clora.py", "evaluate.py", "lora.py", "scheduler.py", "text.py", "unet.py", "vae.py",
              "weights/__init__.py", "weights/lora.py", "weights/toy/judge.py", "weights/toy/judge/model.safetensors")

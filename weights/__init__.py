@@ -101,7 +101,7 @@ def load_model(source: str | Path, device: str = "cpu", dtype: torch.dtype = tor
     file, or on the hub "user/repo" or "user/repo:file". A file without its config.json beside it is taken for SD 1.x's.
     """
     path = _local(source)
-    other = None if vae is None else _load_vae(vae, device, dtype)
+    other = _load_vae(vae, device, dtype) if vae else None
     if path.is_dir():
         return _load_folder(path, str(source), device, dtype, other)
     if path.is_file():
@@ -304,11 +304,10 @@ def _fetch(repo: str, dtype: torch.dtype) -> Path:
 def _fetch_vae(repo: str, dtype: torch.dtype) -> Path:
     """The same of an autoencoder's own repository, or of the vae/ of a whole model's."""
     present = _list(repo)
-    wanted = ["vae/config.json"] if present is not None and "config.json" not in present else ["config.json"]
-    if present is not None and wanted[0] not in present:
+    folder = "vae/" if present is not None and "config.json" not in present else ""
+    if present is not None and f"{folder}config.json" not in present:
         raise ValueError(f"{repo} has no VAE in diffusers' layout; name a file of it as {repo}:FILE")
-    folder = wanted[0].removesuffix("config.json")
-    wanted += _preferred([folder + name for name in _weights_names("vae")], present, dtype)
+    wanted = [f"{folder}config.json", *_preferred([folder + name for name in _weights_names("vae")], present, dtype)]
     return _download(repo, wanted, offline=present is None)
 
 
