@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import gc
 import inspect
 import io
 import os
@@ -505,4 +506,6 @@ def start() -> int:
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) is signal.SIG_DFL:      # nohup: ignored, and so it stays
             signal.signal(number, end)
-    return main()
+    code = main()
+    gc.freeze()         # or Python looks for garbage among a million objects of its modules before it ends, for a second
+    return code

@@ -73,9 +73,9 @@ class LoRAConv2d(_Adapted, nn.Conv2d):
         if self.gain is not None:
             bias = 0 if self.bias is None else self.bias.view(-1, 1, 1)
             y = y + (y - bias) * (adapters @ self.gain)[:, :, None, None]
-        strength = adapters[:, self.owner][:, :, None, None]                        # [B, r, 1, 1]
-        low = F.conv2d(x, self.down, stride=self.stride, padding=self.padding) * strength   # [B, r, h', w']
-        return y + F.conv2d(low, self.up[:, :, None, None])
+        low = F.conv2d(x, self.down, stride=self.stride, padding=self.padding).movedim(1, -1)      # [B, h', w', r]
+        low = low * adapters[:, self.owner][:, None, None, :]
+        return y + F.linear(low, self.up).movedim(-1, 1)
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """nn.Conv2d's own hook: x [B, in, h, w] -> [B, out, h', w'].

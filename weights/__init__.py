@@ -10,6 +10,7 @@ wherever precision or device change.
 
 from __future__ import annotations
 
+import gc
 import glob
 import hashlib
 import json
@@ -450,17 +451,29 @@ def _fill(make: Callable[[], nn.Module], read: Callable[[], dict[str, Tensor]], 
     return module.eval().requires_grad_(False)
 
 
+def _transformers(*names: str) -> list:
+    """Classes of transformers. The import makes a million objects, and the garbage collector is not to look through them."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        import transformers
+        return [getattr(transformers, name) for name in names]
+    finally:
+        if collecting:
+            gc.enable()
+
+
 def _text_model(config: dict, state: dict[str, Tensor], path: Path, device: str, dtype: torch.dtype):
-    from transformers import CLIPTextConfig, CLIPTextModel
+    config_class, model_class = _transformers("CLIPTextConfig", "CLIPTextModel")
     keep = {key: config[key] for key in (*SD15_TEXT, "attention_dropout") if key in config}
     _check(keep, {**SD15_TEXT, "attention_dropout": 0.0}, path.parent / "config.json")
     with torch.device("meta"):
-        nested = any(key.startswith("text_model.") for key in CLIPTextModel(CLIPTextConfig(**keep)).state_dict())
+        nested = any(key.startswith("text_model.") for key in model_class(config_class(**keep)).state_dict())
     state = {key if nested else key.removeprefix("text_model."): value for key, value in state.items()
              if not key.endswith(("position_ids", "text_projection.weight"))}         # of other forms of the class
     if nested:
         state = {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in state.items()}
-    model = _fill(lambda: CLIPTextModel(CLIPTextConfig(**keep)), lambda: state, path, device, dtype)
+    model = _fill(lambda: model_class(config_class(**keep)), lambda: state, path, device, dtype)
     for module in model.modules():                  # buffers outside the state dict were made on the meta device
         if "position_ids" in module._buffers:
             module.position_ids = torch.arange(keep.get("max_position_embeddings", 77), device=device)[None]
@@ -469,12 +482,12 @@ def _text_model(config: dict, state: dict[str, Tensor], path: Path, device: str,
 
 def _text_encoder(folder: Path, model: nn.Module) -> TextEncoder:
     """The tokenizer in this folder, with the text model that it must fit."""
-    from transformers import CLIPTokenizer, CLIPTokenizerFast  # type: ignore[attr-defined]
+    tokenizer, fast_tokenizer = _transformers("CLIPTokenizer", "CLIPTokenizerFast")
     missing = [folder / name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
     if missing and not (folder / "tokenizer.json").is_file():           # the one file that transformers 5 writes
         raise ValueError(f"{missing[0]} is missing")
     try:
-        kind = CLIPTokenizerFast if missing else CLIPTokenizer
+        kind = fast_tokenizer if missing else tokenizer
         text = TextEncoder(kind.from_pretrained(folder, model_max_length=77), model)
         ids, size = text.tokenizer("a").input_ids, model.get_input_embeddings().num_embeddings
         if ids[0] != text.tokenizer.bos_token_id or ids[-1] != text.tokenizer.eos_token_id or len(ids) < 3:
