@@ -223,6 +223,7 @@ class Scorer:
             blank = np.zeros((64, 64, 3), np.uint8)
             self.score(blank, "", [("", lambda: [blank])])          # a model of another kind is found out now
             self.references.clear()
+            self.hash = digest([hash_of(self.clip), hash_of(self.dino), *(p.to_json_string() for p in self.processors)])
         except Exception as error:                      # SafetensorError, and whatever a stranger's model raises
             raise ValueError(f"the scoring models cannot be used ({dino}, {clip}): {error}") from None
 
@@ -253,6 +254,14 @@ class Scorer:
             facts |= {"dino_min": round(min(similar), 4), "dino_avg": round(sum(similar) / len(similar), 4),
                       "dino_max": round(max(similar), 4)}
         return facts
+
+
+def hash_of(model: torch.nn.Module) -> str:
+    """SHA-256 of its tensors and their names."""
+    sha = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        sha.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
 
 
 def pictures_in(folder: str | Path) -> list[Path]:
@@ -288,19 +297,21 @@ def references_of(one: dict) -> list[tuple[str, Callable[[], list[np.ndarray]]]]
 # --- one image --------------------------------------------------------------------------------------------------------
 
 def verdict(seen: list[Seen], truth: list[list[str]], style: tuple[str, str] | None = None) -> dict:
-    """success: every subject is there in its own look and no other object wears one of the looks.
+    """success: every subject is there in its own look and no other object wears one of the looks, not even its double.
 
     With a style (asked, seen), which changes every colour, looks are not judged: success is that every kind of object is
     there, and that the picture has the style.
     """
     looks = {look for _, look in truth}
-    absent = any(not any(one.kind == kind for one in seen) for kind, _ in truth)
-    facts = {"absent": absent, "seen": [[one.kind, one.look] for one in seen]}
+    worn = [(one.kind, one.look) for one in seen]
+    asked_for = [(kind, look) for kind, look in truth]
+    absent = any(kind not in [other for other, _ in worn] for kind, _ in truth)
+    facts = {"absent": absent, "extra": len(worn) > len(truth), "seen": [[*pair] for pair in worn]}
     if style is not None:
         asked, found = style
         return {"success": not absent and asked == found, "missing": absent, "styled": asked == found, **facts}
-    missing = any(not any((one.kind, one.look) == (kind, look) for one in seen) for kind, look in truth)
-    leak = any(one.look in looks and [one.kind, one.look] not in [list(pair) for pair in truth] for one in seen)
+    missing = any(pair not in worn for pair in asked_for)
+    leak = any(pair[1] in looks and worn.count(pair) > asked_for.count(pair) for pair in worn)
     return {"success": not missing and not leak, "missing": missing, "leak": leak, **facts}
 
 
@@ -313,8 +324,8 @@ class Maker:
         self.judge: Judge | None = load_judge() if embedded else None
         clip = args.clip or (str(TOY / "clip") if embedded else "openai/clip-vit-base-patch32")
         dino = args.dino or (clip if embedded else "facebook/dino-vits16")
-        self.scores = None if args.no_scores else [from_repository(dino), from_repository(clip)]
         self.scorer = None if args.no_scores else Scorer(dino, clip, args.device)
+        self.scores = None if self.scorer is None else [from_repository(dino), from_repository(clip), self.scorer.hash]
         self.loras: dict = {}
         self.args = args
         self.size = self.model.unet.config.sample_size * self.model.vae.config.factor
@@ -397,7 +408,8 @@ def code_digest() -> str:
     """Of what an image and its verdict depend on beside model, LoRAs and settings: this program and the judge."""
     here = Path(__file__).parent
     names = ("attention.py", "clora.py", "evaluate.py", "lora.py", "scheduler.py", "text.py", "unet.py", "vae.py",
-             "weights/__init__.py", "weights/lora.py", "weights/toy/judge.py", "weights/toy/judge/model.safetensors")
+             "weights/__init__.py", "weights/lora.py", "weights/names.py", "weights/toy/judge.py", "weights/toy/renderer.py",
+             "weights/toy/judge/config.json", "weights/toy/judge/model.safetensors")
     return digest([hashlib.sha256((here / name).read_bytes()).hexdigest() for name in names])
 
 
@@ -685,10 +697,11 @@ def sweep(args: argparse.Namespace, maker: Maker, recipes: dict[str, Recipe], ch
               **({"style": from_repository(one["style"])} if "style" in one else {})} for one in sets]
     common = {"code": code_digest(), "model": maker.model.hash, "vae": maker.model.vae_hash, "sets": digest(named),
               "loras": digest(maker.hashes(sets)), "changes": changes,
-              "dtype": str(DTYPES[args.dtype]).removeprefix("torch."), "batch": args.batch, "scores": maker.scores,
+              "dtype": str(DTYPES[args.dtype]).removeprefix("torch."), "device": torch.device(args.device).type,
+              "batch": args.batch, "scores": maker.scores,
               "references": None if args.no_scores else references_digest(sets)}
     stamps = {column: {**common, "recipe": digest(dataclasses.asdict(recipe))} for column, recipe in recipes.items()}
-    files = [sorted(file for file, _ in one["loras"]) for one in sets]
+    files = [sorted(maker.lora(split_weight(file)[0]).sha256 for file, _ in one["loras"]) for one in sets]
     groups = [files.index(some) for some in files]
 
     def results() -> list[dict]:
@@ -733,8 +746,8 @@ def sweep(args: argparse.Namespace, maker: Maker, recipes: dict[str, Recipe], ch
     if rank == 0:
         wanted = {(column, number, seed) for column, number, seeds in batches for seed in seeds}
 
-        def missing() -> int:
-            return len(wanted - {image_of(line) for line in read_results(folder)})
+        def missing() -> int:               # what failed before, others may be trying again
+            return len(wanted - {image_of(line) for line in read_results(folder) if "error" not in line})
         # the others may have begun a few seconds later
         while missing() and (others_write(folder, rank) or (world > 1 and time.time() < start + 10)):
             time.sleep(0.5)
@@ -753,7 +766,7 @@ def sweep(args: argparse.Namespace, maker: Maker, recipes: dict[str, Recipe], ch
         if failed:
             print(f"{len(failed)} images failed; the first: {next(iter(failed.values()))['error']}", file=sys.stderr)
             code = 0 if good else 1
-        if count := missing():
+        if count := len(wanted - good - set(failed)):
             print(f"{count} of {len(wanted)} images are still to be made; the table is of the others", file=sys.stderr)
     return code
 
