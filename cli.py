@@ -156,13 +156,14 @@ def changed(recipe: Recipe, values: dict, where: str) -> Recipe:
     """The recipe with these values; ValueError names one that is unknown, of another type or out of range."""
     if not isinstance(values, dict):
         raise ValueError(f"{where}: the settings must be an object like {{\"alpha\": 2}}")
-    types = {bool: bool, int: int, float: int | float, str: str, type(None): int | None, tuple: tuple | list}
+    types = {bool: (bool,), int: (int,), float: (int, float), str: (str,), type(None): (int, type(None)),
+             tuple: (tuple, list)}
     for name, value in values.items():
         if name not in Recipe.__dataclass_fields__:
             raise ValueError(f"{where}: there is no setting called {name}")
-        like = getattr(RECIPES["paper"], name)
+        allowed = types[type(getattr(RECIPES["paper"], name))]
         parts = value if isinstance(value, tuple | list) else ()
-        if not isinstance(value, types[type(like)]) or isinstance(value, bool) > isinstance(like, bool) or \
+        if type(value) not in allowed or \
                 not all(type(part) is int and abs(part) <= 10**6 for part in parts) or \
                 value not in CHOICES.get(name, [value]):
             raise ValueError(f"{where}: {name} cannot be {value!r}")
@@ -182,9 +183,11 @@ def is_embedded(model: str) -> bool:
     return model == str(TOY) or Path(model).resolve() == REPOSITORY / "weights" / "toy"
 
 
-def check_device(device: str) -> None:
+def check_device(device: str, dtype: torch.dtype) -> None:
+    """ValueError if nothing can be computed there. Float32 is made to mean that in convolutions too, not TF32."""
+    torch.backends.cudnn.allow_tf32 = dtype != torch.float32
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).add(1).item()     # a card may be there that this PyTorch has no programs for
     except Exception as error:          # RuntimeError, AssertionError: whatever the backend says
         raise ValueError(f"--device {device} cannot be used here ({str(error).splitlines()[0]}); use --device cpu") from None
 
@@ -225,7 +228,7 @@ def from_repository(name: str) -> str:
     """A file of the repository as seen from there, where the command of an image is run; any other as the user wrote it."""
     path = Path(os.path.abspath(name))
     inside = os.path.lexists(split_weight(str(path))[0]) and path.is_relative_to(REPOSITORY)
-    name = str(path.relative_to(REPOSITORY)) if inside else name
+    name = path.relative_to(REPOSITORY).as_posix() if inside else name
     return f"./{name}" if name.startswith("-") else name            # no flag
 
 
@@ -306,7 +309,7 @@ def draw(model: Model, plan: clora.Plan, recipe: Recipe, noise: torch.Tensor, se
     """Runs the loop under a progress bar -> the steps: all of them if `keep`, else the last."""
     steps: list[Step] = []
     generators = clora.step_generators(noise, seeds)
-    with tqdm(total=recipe.steps, desc=label, disable=args.quiet, leave=True) as bar:
+    with tqdm(total=recipe.steps, desc=label, disable=args.quiet) as bar:
         for step in clora.compose(model, plan, recipe, noise, generators, args.low_memory):
             steps = [*steps, step] if keep else [step]
             bar.update(min(1, bar.total - bar.n))
@@ -338,15 +341,15 @@ def run(args: argparse.Namespace) -> None:
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", args.device):
         raise ValueError(f"--device {args.device} is not known; use cpu or cuda")
-    check_device(args.device)
     args.dtype = args.dtype or ("float16" if args.device.startswith("cuda") else "float32")
+    check_device(args.device, DTYPES[args.dtype])
     out, place = Path(args.out), args.out
     try:                                                    # say so now, not after the first image
         writable(out)
         trace = Path(args.trace) if args.trace else None
         traces: dict[int, Path] = {}                        # by seed
-        place = args.trace
         if trace is not None:
+            place = args.trace
             if trace.suffix != ".safetensors":
                 raise ValueError(f"--trace {trace} must end in .safetensors")
             traces = {seed: trace if len(seeds) == 1 else trace.with_stem(f"{trace.stem}-{seed}") for seed in seeds}
@@ -355,6 +358,7 @@ def run(args: argparse.Namespace) -> None:
                     raise ValueError(f"--trace {path} is a folder or a device; name a file")
             if not out.resolve().is_relative_to(trace.parent.resolve()):            # else it is made with it
                 tempfile.TemporaryFile(dir=trace.parent).close()
+        place = args.out
         stems = {f"{args.method}-{seed}{part}" for seed in seeds for part in ("", "-panel")}
         for folder, left in ((out, stems), *((path.parent, {path.stem}) for path in traces.values())):
             report.remove_temporaries(folder, left, age=3600)       # of runs that were killed; a younger one may be at work
@@ -419,29 +423,26 @@ def run(args: argparse.Namespace) -> None:
             settings = settings_of(args, recipe, model, subjects, style, seed, size)
             pictures = {method: clora.decode(model, latents[b:b + 1], args.low_memory)[0].numpy()
                         for method, latents in finished.items()}
-            path = out / f"{args.method}-{seed}.png"
+            path, own = out / f"{args.method}-{seed}.png", [step.picture(b) for step in steps]
+            panel_path, page_path = path.with_stem(f"{path.stem}-panel"), path.with_suffix(".html")
             report.save_picture(path, pictures[args.method], settings)
             print(path)
-            for beside, made in ((path.with_stem(f"{path.stem}-panel"), panel), (path.with_suffix(".html"), page)):
+            for beside, made in ((panel_path, panel), (page_path, page)):
                 if beside.exists() and not made:
                     print(f"clora: warning: {beside} is of an earlier run (--panel, --report)", file=sys.stderr)
             if trace is not None:
-                report.save_trace(traces[seed], [step.picture(b) for step in steps])
+                report.save_trace(traces[seed], own)
                 print(traces[seed])
             if panel:
-                names = [subject.trigger for subject in subjects]
-                path = out / f"{args.method}-{seed}-panel.png"
-                middle = steps[len(steps) // 2].picture(b)
+                names, middle = [subject.trigger for subject in subjects], own[len(own) // 2]
                 sheet = report.panel(pictures["clora"], pictures["merge"], middle, plan.words, names,
                                      middle.index >= recipe.mask_from)
-                report.save_picture(path, sheet, settings)
-                print(path)
+                report.save_picture(panel_path, sheet, settings)
+                print(panel_path)
             if page:
-                own = [step.picture(b) for step in steps]
-                path = out / f"{args.method}-{seed}.html"
-                report.save_page(path, pictures, report.estimates(model, own, args.low_memory), own, plan, subjects,
+                report.save_page(page_path, pictures, report.estimates(model, own, args.low_memory), own, plan, subjects,
                                  {**settings, "command": f"{settings['command']} --report"})
-                print(path)
+                print(page_path)
 
 
 def inspect_files(files: Sequence[str]) -> int:
@@ -477,7 +478,7 @@ def main(argv: list[str] | None = None) -> int:
     except (torch.OutOfMemoryError, MemoryError):
         message = "out of memory: use --low-memory, lower --batch, --height and --width, or use --dtype float16"
     except RuntimeError as error:
-        if "can't allocate memory" in str(error):
+        if any(text in str(error) for text in ("allocate memory", "enough memory", "out of memory", "ALLOC_FAILED")):
             message = "out of memory: use --low-memory, lower --batch, --height and --width, or use --dtype bfloat16"
         elif type(error).__module__.startswith("torch._"):              # of torch.compile: no C++ compiler, mostly
             reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)

@@ -41,7 +41,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 class Recipe:
     """Every choice of the method. The defaults are the paper's; where it is silent the release's, and the usual guidance.
 
-    The command line has a flag for each field, and the comment is its help: bool, int, float, str or a tuple of ints.
+    The command line has a flag for each field, whose type is bool, int, float, str or a tuple of ints; the comment beside it
+    is its help.
     """
 
     steps: int = 50                     # denoising steps
@@ -54,8 +55,8 @@ class Recipe:
     temperature: float = 0.5            # tau of the loss
     alpha: float = 20.0                 # step size of the latent update
     update_until: int = 25              # last step with a latent update; -1: never
-    refine_at: tuple[int, ...] = (0, 10, 20)    # steps that repeat the update ...
-    refine_steps: int = 20              # ... this many times more
+    refine_at: tuple[int, ...] = (0, 10, 20)    # steps that repeat their update
+    refine_steps: int = 20              # how many times more they do
     refine_stop: float = 0.0            # end a picture's repeats once one lowers its loss by less than this share; 0: never
     update_every: int = 1               # steps from one latent update to the next
     update_stop: float = 0.0            # end a picture's updates once a step moves its maps by less than this; 0: never
@@ -67,7 +68,7 @@ class Recipe:
     mask_ties: bool = True              # a pixel exactly at the threshold belongs to the mask
     mask_from: int = 0                  # first step with masks; before it the variants are averaged
     mask_every: int = 1                 # steps from one reading of maps and masks to the next
-    dilate: bool = False                # grow the masks by a pixel; the four are done in this order
+    dilate: bool = False                # grow the masks by a pixel (the order: dilate, erode, open, close)
     erode: bool = False                 # shrink the masks by a pixel
     open: bool = False                  # erode, then dilate: drops specks
     close: bool = False                 # dilate, then erode: fills holes
@@ -222,7 +223,8 @@ class Plan:
 
     def rows(self, rows: Sequence[int], pictures: int) -> tuple[TextKeys | Tensor, Tensor]:
         """What the UNet is told in these rows, for each picture again: text and adapters [pictures * rows, A]."""
-        device = self.context.device                        # CUDA is not waited for; MPS would read what is gone by then
+        # CUDA is not waited for; MPS, not waited for, might read memory that is free again
+        device = self.context.device
         index = torch.tensor([*rows] * pictures).to(device, non_blocking=device.type != "mps")
         return (self.context if self.keys is None else self.keys)[index], self.adapters[index]
 
@@ -243,15 +245,14 @@ def make_plan(model: Model, prompt: str, subjects: Sequence[Subject] = (), style
     prompts, concepts, words = write_prompts(model.text, prompt, subjects, method)
     if method == "base":
         subjects, style = (), None                      # no layer adds what would count for nothing
-    one_hot = [[float(i == k) * (1.0 if s.weight is None else s.weight) for i in range(len(subjects))]
-               for k, s in enumerate(subjects)]
-    nothing = [0.0] * len(subjects)
+    weights = [1.0 if subject.weight is None else subject.weight for subject in subjects]
+    alone = [[weight * (i == k) for i in range(len(subjects))] for k, weight in enumerate(weights)]     # LoRA k by itself
     if method == "clora" or not subjects:
-        strengths = [nothing, *one_hot]
+        strengths = [[0.0] * len(subjects), *alone]
     elif method == "merge":
         strengths = [[1 / len(subjects) if s.weight is None else s.weight for s in subjects]]
     else:
-        strengths = one_hot
+        strengths = alone
     loras = tuple(subject.lora for subject in subjects)
     if style is not None:
         loras = *loras, style[0]
@@ -260,7 +261,7 @@ def make_plan(model: Model, prompt: str, subjects: Sequence[Subject] = (), style
     lora_module.attach(model.unet, loras)
     rows = [encode(model, [negative, text], list(zip(loras, row)), recipe) for text, row in zip(prompts, strengths)]
     context = torch.stack(rows, dim=1).flatten(0, 1)                                # [2V, T, D]
-    adapters = torch.tensor(strengths * 2, device=context.device, dtype=context.dtype).reshape(2 * len(prompts), -1)
+    adapters = torch.tensor(strengths * 2, device=context.device, dtype=context.dtype)      # [2V, A]
     return Plan(prompts, context, adapters, concepts, words, in_turn=method == "switch", loras=loras)
 
 
@@ -309,11 +310,13 @@ class Step:
 
     def picture(self, b: int) -> Step:
         """The state of picture b alone, as a batch of one, with its own updates."""
-        b = range(len(self.latents))[b]
+        b = range(len(self.latents))[b]                 # -1 is the last; IndexError beyond
         own = [n for n, moved in enumerate(self.moved) if moved[b]]
 
         def one(value):
-            return [value[n][b:b + 1] for n in own] if isinstance(value, list) else None if value is None else value[b:b + 1]
+            if isinstance(value, list):
+                return [value[n][b:b + 1] for n in own]
+            return None if value is None else value[b:b + 1]
         names = ("latents", "x0", "noise", "maps", "masks", "losses", "updates", "moved")
         return replace(self, **{name: one(getattr(self, name)) for name in names})
 
@@ -327,7 +330,7 @@ def contrast(unet: UNet, latents: Tensor, timestep: int, plan: Plan, layers: tup
     """
     variants = range(len(plan.prompts))
     # half precision cannot hold the gradient's smallest entries: scale the loss up and the gradient down again
-    scale = 4096.0 if latents.dtype == torch.float16 else 1.0
+    scale = 4096.0 if unet.conv_in.weight.dtype == torch.float16 else 1.0
     def maps_of(chosen: Sequence[int]) -> Tensor:
         rows = [*chosen] if recipe.maps_from == "both" else []
         rows += [v + len(variants) for v in chosen]
@@ -368,9 +371,9 @@ def predict(unet: UNet, latents: Tensor, timestep: int, plan: Plan, rows: Sequen
     options: what else UNet.forward takes; with stop_after_maps there is no noise and the first part is empty.
     """
     attach_loras(unet, plan)
+    batch = latents.to(unet.conv_in.weight.dtype).repeat_interleave(len(rows), dim=0)           # [B * R, 4, h, w]
     # a tensor, for torch.compile would compile every number anew
-    noise, probs = unet(latents.repeat_interleave(len(rows), dim=0), torch.tensor(timestep),
-                        *plan.rows(rows, len(latents)), layers, **options)
+    noise, probs = unet(batch, torch.tensor(timestep), *plan.rows(rows, len(latents)), layers, **options)
     apart = (len(latents), len(rows))
     noise = latents.new_empty(0) if noise is None else noise.unflatten(0, apart)
     return noise, [probs[name].unflatten(0, apart) for name in layers]
@@ -422,7 +425,8 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
     plan = replace(plan, keys=unet.text_keys(plan.context, plan.adapters))          # the same at every step
     history: tuple = ()
     finite: list[Tensor] = []
-    z = latents * scheduler.init_noise_sigma
+    # in float32 whatever the UNet's precision: half would round away what a step or an update adds
+    z = latents.to(torch.promote_types(latents.dtype, torch.float32)) * scheduler.init_noise_sigma
     parting = len(plan.concepts) > 1 or loss is not info_nce_loss                   # of one concept the loss is always 0
     active = torch.ones(len(z), 1, 1, 1, device=z.device, dtype=torch.bool)         # pictures that are still updated
     maps: Tensor | None = None
@@ -451,14 +455,15 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
 
         # one batch predicts the noise of all variants, both guidance halves
         at = z if recipe.noise_from == "after" else before
-        turns = [i // recipe.switch_every % variants] if plan.in_turn else [*range(variants)]
-        rows = [*(turns[:1] if shared else turns if guided else []), *(row + variants for row in turns)]
+        drawn = [i // recipe.switch_every % variants] if plan.in_turn else [*range(variants)]
+        unguided = [] if not guided else [0] if shared else drawn                   # rows of the unconditional half
+        rows = [*unguided, *(variants + v for v in drawn)]
         reading = layers if maps is None or i % recipe.mask_every == 0 or i == recipe.mask_from else ()
         with torch.inference_mode():
             batches = [[row] for row in rows] if low_memory else [rows]
             parts = [predict(unet, at, t, plan, batch, reading) for batch in batches]
         noise = torch.cat([noise for noise, _ in parts], dim=1)                     # [B, rows, 4, h, w]
-        uncond, cond = noise[:, :-len(turns)], noise[:, -len(turns):]               # [B, V, 1 or 0, ...], [B, V, ...]
+        uncond, cond = noise[:, :len(unguided)], noise[:, len(unguided):]           # [B, V, 1 or 0, ...], [B, V, ...]
 
         # one mask per variant, then the blend (section 3.3)
         if reading:
@@ -486,7 +491,8 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
 def change_of(last: Tensor, maps: Tensor, plan: Plan) -> Tensor:
     """How far the concepts' maps moved, as a share of their length: [B, V, m, n, T] twice -> [B]."""
     v, tokens = zip(*(place for concept in plan.concepts for place in concept))
-    before, now = (x[:, v, :, :, tokens].transpose(0, 1).flatten(1) for x in (last, maps))      # [B, places * m * n]
+    # [places, B, m, n], as indices that stand apart put their axis first -> [B, places * m * n]
+    before, now = (x[:, v, :, :, tokens].transpose(0, 1).flatten(1) for x in (last, maps))
     return (now - before).norm(dim=1) / before.norm(dim=1)
 
 

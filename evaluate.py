@@ -111,7 +111,8 @@ def embedded_sets(split: str, prompts: int, subjects: int) -> list[dict]:
     Every set: {"prompt", "loras": [[file, "ball=zib ball"], ...], "truth": [["ball", "zib"], ...]}.
     """
     rng = np.random.default_rng({"tune": 1, "test": 2}[split])
-    names = [instance.name for instance in renderer.INSTANCES]
+    instances = {instance.name: instance for instance in renderer.INSTANCES}
+    names = list(instances)
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1:]]
     np.random.default_rng(0).shuffle(pairs)
     tuning = pairs[:8]
@@ -119,7 +120,6 @@ def embedded_sets(split: str, prompts: int, subjects: int) -> list[dict]:
         missing = 2 - sum(name in pair for pair in tuning)
         tuning = tuning + [pair for pair in pairs if name in pair and pair not in tuning][:max(0, missing)]
     allowed = {pair for pair in pairs if (pair in tuning) == (split == "tune")}
-    instances = {instance.name: instance for instance in renderer.INSTANCES}
     backgrounds = [words for _, _, words in renderer.BACKGROUNDS.values()]
     sets: list[dict] = []
     drawn = repeated = 0
@@ -128,7 +128,8 @@ def embedded_sets(split: str, prompts: int, subjects: int) -> list[dict]:
         if subjects == 2 and tuple(sorted(chosen, key=names.index)) not in allowed:
             continue
         kinds = [instances[name].kind for name in chosen]
-        listing = " and ".join([", ".join(f"a {kind}" for kind in kinds[:-1]), f"a {kinds[-1]}"])
+        *some, last = [f"a {kind}" for kind in kinds]
+        listing = f"{', '.join(some)} and {last}" if some else last
         prompt = f"{listing} {backgrounds[drawn % len(backgrounds)]}"
         drawn += 1
         repeated += 1
@@ -149,6 +150,12 @@ def files_of(one: dict) -> list[str]:
     return [*(file for file, _ in one["loras"]), *filter(None, [one.get("style")])]
 
 
+def are_pairs(value: object) -> bool:
+    """Whether this is a list of pairs of texts, as JSON has them."""
+    return isinstance(value, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair) for pair in value)
+
+
 def read_sets(path: Path) -> list[dict]:
     try:
         sets = json.loads(path.read_text(encoding="utf-8"))
@@ -162,15 +169,14 @@ def read_sets(path: Path) -> list[dict]:
             raise ValueError(f"{path}: set {number} needs a prompt and loras")
         if unknown := one.keys() - {"prompt", "loras", "style", "references", "truth"}:
             raise ValueError(f"{path}: set {number}: {min(unknown)} is not known; use prompt, loras, style, references")
-        if not isinstance(truth := one.get("truth", []), list) or not all(
-                isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair) for pair in truth):
+        if not are_pairs(one.get("truth", [])):
             raise ValueError(f'{path}: set {number}: truth must be a list of ["ball", "zib"]')
         if not isinstance(one["prompt"], str) or re.search("[\ud800-\udfff]", one["prompt"]):
             raise ValueError(f"{path}: set {number}: the prompt is no text")
-        if not isinstance(one["loras"], list) or not all(
-                isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
-                for pair in one["loras"]):
+        if not are_pairs(one["loras"]):
             raise ValueError(f'{path}: set {number}: loras must be a list of [FILE, "SUBJECT=TRIGGER"]')
+        if any(re.search("[\ud800-\udfff]", words) for _, words in one["loras"]):
+            raise ValueError(f"{path}: set {number}: a subject or trigger is no text")
         if not isinstance(one.get("style", ""), str) or one.get("style") == "":
             raise ValueError(f"{path}: set {number}: the style is no file name; leave it out where there is none")
         for file in files_of(one):
@@ -368,6 +374,8 @@ class Maker:
         try:
             return self.make(one, method, recipe, seeds)
         except Exception as error:                  # whatever it is, the other images of a long sweep are wanted
+            if isinstance(error, getattr(torch, "AcceleratorError", ())):
+                raise                               # a GPU that does nothing any more: they would all fail
             if len(seeds) == 1:
                 return [(None, {"error": printable(str(error) or type(error).__name__, 1000)})]
         return [made for seed in seeds for made in self.attempt(one, method, recipe, [seed])]
@@ -381,7 +389,8 @@ class Maker:
         for step in clora.compose(self.model, plan, recipe, noise, generators, self.args.low_memory):
             if step.masks is not None and step.index >= recipe.mask_from:
                 shares.append(step.masks.mean(dim=(2, 3)))                          # [B, V]
-        pictures = clora.decode(self.model, step.latents, self.args.low_memory).numpy()
+        # one by one, as clora.py: the VAE needs more memory than all that was before
+        pictures = torch.cat([clora.decode(self.model, one[None], self.args.low_memory) for one in step.latents]).numpy()
         made = []
         for b, picture in enumerate(pictures):
             facts: dict = {"seconds": round((time.time() - start) / len(seeds), 3)}
@@ -503,7 +512,8 @@ def bootstrap(values: np.ndarray, groups: np.ndarray, rounds: int = 2000) -> tup
 
 # figures of the table: heading, key of a result, how it is written
 FIGURES = (("success", "success", "{:.0%}"), ("a subject is missing or looks wrong", "missing", "{:.0%}"),
-           ("a texture leaks", "leak", "{:.0%}"), ("the style is there", "styled", "{:.0%}"),
+           ("an object is absent", "absent", "{:.0%}"), ("a texture leaks", "leak", "{:.0%}"),
+           ("an object too many", "extra", "{:.0%}"), ("the style is there", "styled", "{:.0%}"),
            ("mask of a subject", "mask", "{:.0%}"), ("DINO min", "dino_min", "{:.3f}"),
            ("DINO avg", "dino_avg", "{:.3f}"), ("DINO max", "dino_max", "{:.3f}"), ("CLIP", "clip", "{:.3f}"))
 
@@ -526,14 +536,18 @@ def group_of(line: dict) -> int:
 def table(lines: list[dict], columns: list[str]) -> str:
     """Markdown: a row per method; figures with their 95 % interval, the first one's paired difference to merge and clora.
 
-    The first is success, where there is a judge. What a part of the images lack (no references, no masks) is of the others.
+    The first is success, where there is a judge. A figure that only some images have (of masks, of references) is of those.
     """
     by = by_image(lines, columns)
+    good = {image_of(line) for line in lines if "error" not in line}
+    failed = {image_of(line): line["error"] for line in lines if "error" in line and image_of(line) not in good}
+    notes = [f"{len(failed)} images failed and are in no figure; the first: {next(iter(failed.values()))}"] if failed else []
     if not any(by.values()):
-        return "no image was made"
+        return "\n".join(["no image was made", *notes])
     present = [figure for figure in FIGURES if any(figure[1] in line for line in lines)]
     if any("styled" in line for line in lines):             # then looks are not judged
-        present = [("a subject is missing" if key == "missing" else name, key, form) for name, key, form in present]
+        present = [("a subject is missing" if key == "missing" else name, key, form) for name, key, form in present
+                   if key != "absent"]
     # of masks only some methods have any
     first, key, form = next((figure for figure in present if figure[1] != "mask"), ("nothing", "", ""))
     others = [other for other in ("merge", "clora") if other in columns and key]
@@ -545,8 +559,13 @@ def table(lines: list[dict], columns: list[str]) -> str:
         if not values:
             return ""
         figures = bootstrap(np.array(values, float), np.array(groups))
+        if len(set(values)) == 1:                       # nothing to draw from
+            if not all(isinstance(value, bool) for value in values):
+                return form.format(figures[0])
+            beyond = 1 - 0.025 ** (1 / len(values))     # Clopper and Pearson's bound, for images that are independent
+            figures = (1.0, 1 - beyond, 1.0) if values[0] else (0.0, 0.0, beyond)
         mean, low, high = (form.format(x) for x in figures)
-        return mean if len(set(values)) == 1 else f"{mean} ({low} to {high})"        # nothing differs: no interval
+        return f"{mean} ({low} to {high})"
     for column in columns:
         done = list(by[column].values())
         if not done:
@@ -563,11 +582,13 @@ def table(lines: list[dict], columns: list[str]) -> str:
         asked = len({(line["set"], line["seed"]) for line in lines if line["column"] == column})
         count = f"{len(done)} of {asked}" if asked > len(done) else str(len(done))          # the others failed
         rows.append(f"| {column} | {count} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+    groups = {group_of(line) for made in by.values() for line in made.values()}
+    notes.insert(0, f"In brackets: 95 % intervals over {len(groups)} combinations of LoRAs and the images of each.")
+    return "\n".join([*rows, "", *notes])
 
 
-def grid(folder: Path, columns: list[str], number: int, seeds: tuple[int, ...], prompt: str) -> Image.Image:
-    """Methods in columns, seeds in rows."""
+def grid(folder: Path, columns: list[str], seeds: tuple[int, ...], prompt: str) -> Image.Image:
+    """The first set: methods in columns, seeds in rows."""
     side, top = 128, 40
     sheet = Image.new("RGB", (side * len(columns), side * len(seeds) + top), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
@@ -575,7 +596,7 @@ def grid(folder: Path, columns: list[str], number: int, seeds: tuple[int, ...], 
     for x, column in enumerate(columns):
         draw.text((x * side + 4, 22), column, fill=(0, 0, 0))
         for y, seed in enumerate(seeds):
-            path = folder / f"images/{column}-{number}-{seed}.png"
+            path = folder / f"images/{column}-0-{seed}.png"
             if path.exists():
                 with Image.open(path) as image:
                     sheet.paste(image.resize((side, side)), (x * side, y * side + top))
@@ -590,8 +611,8 @@ def curve(lines: list[dict], columns: list[str]) -> Image.Image:
     points = {}
     for column, made in by_image(lines, columns).items():
         if done := [line for line in made.values() if "success" in line]:
-            success, groups = (np.array([float(x) for x in some]) for some in
-                               ([line["success"] for line in done], map(group_of, done)))
+            success = np.array([line["success"] for line in done], float)
+            groups = np.array([group_of(line) for line in done])
             points[column] = float(np.median([line["seconds"] for line in done])), bootstrap(success, groups)
     most = 1.3 * max((seconds for seconds, _ in points.values()), default=1.0)
 
@@ -622,7 +643,8 @@ def evaluate(args: argparse.Namespace) -> int:
     columns = list(dict.fromkeys(name.strip() for name in args.methods.split(",") if name.strip()))
     if unknown := [name for name in columns if name not in METHODS]:
         raise ValueError(f"there is no method called {unknown[0]}; choose from {', '.join(METHODS)}")
-    args.batch = args.batch if args.batch is not None else 3 if is_embedded(args.model) else 1
+    if args.batch is None:
+        args.batch = 3 if is_embedded(args.model) else 1
     if args.curve and Path(args.curve).suffix.lower() != ".png":
         raise ValueError(f"--curve {args.curve} must end in .png")
     if args.batch < 1:
@@ -632,17 +654,19 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.model and not is_embedded(args.model) and not args.sets:
         raise ValueError(f"--model {args.model} needs prompts and LoRAs of its own: --sets FILE.json")
     try:
-        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                              (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     except ValueError:
-        raise ValueError("RANK and WORLD_SIZE must be whole numbers where they are set, as torchrun does") from None
+        raise ValueError("RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers, as torchrun sets them") from None
     if not 0 <= rank < world:
         raise ValueError(f"RANK is {rank} and WORLD_SIZE {world}; a rank must be between 0 and the size less 1")
     if args.device == "cuda":
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"             # torchrun: a GPU for each process
+        # torchrun: a GPU for each process, which may see no other
+        args.device = f"cuda:{local % max(1, torch.cuda.device_count())}"
     args.dtype = args.dtype or ("float16" if args.device.startswith("cuda") else "float32")
     if args.prompts < 1:
         raise ValueError(f"--prompts is {args.prompts}; it must be at least 1")
-    check_device(args.device)
+    check_device(args.device, DTYPES[args.dtype])
     try:
         changes = json.loads(args.set or "{}")
     except (ValueError, RecursionError) as error:
@@ -691,7 +715,7 @@ def rank_of(n: int, columns: int, world: int) -> int:
 def sweep(args: argparse.Namespace, maker: Maker, recipes: dict[str, Recipe], changes: dict, sets: list[dict], rank: int,
           world: int, folder: Path) -> int:
     """Makes what is missing of this process' share, then the table of all there is (rank 0)."""
-    start, columns = time.time(), list(recipes)
+    entered, columns = time.time(), list(recipes)
     # what every line of a results file must have been made with
     named = [{**one, "loras": [[from_repository(file), words] for file, words in one["loras"]],
               **({"style": from_repository(one["style"])} if "style" in one else {})} for one in sets]
@@ -749,14 +773,14 @@ def sweep(args: argparse.Namespace, maker: Maker, recipes: dict[str, Recipe], ch
         def missing() -> int:               # what failed before, others may be trying again
             return len(wanted - {image_of(line) for line in read_results(folder) if "error" not in line})
         # the others may have begun a few seconds later
-        while missing() and (others_write(folder, rank) or (world > 1 and time.time() < start + 10)):
+        while missing() and (others_write(folder, rank) or (world > 1 and time.time() < entered + 10)):
             time.sleep(0.5)
         lines = [line for line in results() if image_of(line) in wanted]
         text = table(lines, columns)
         with report.in_place(folder / "table.md") as path:
             path.write_text(text + "\n")
         with report.in_place(folder / "grid.png") as path:
-            grid(folder, columns, 0, args.seeds[:6], sets[0]["prompt"]).save(path)
+            grid(folder, columns, args.seeds[:6], sets[0]["prompt"]).save(path)
         if args.curve:
             with report.in_place(Path(args.curve)) as path:
                 curve(lines, columns).save(path)
@@ -764,7 +788,6 @@ def sweep(args: argparse.Namespace, maker: Maker, recipes: dict[str, Recipe], ch
         good = {image_of(line) for line in lines if "error" not in line}
         failed = {image_of(line): line for line in lines if "error" in line and image_of(line) not in good}
         if failed:
-            print(f"{len(failed)} images failed; the first: {next(iter(failed.values()))['error']}", file=sys.stderr)
             code = 0 if good else 1
         if count := len(wanted - good - set(failed)):
             print(f"{count} of {len(wanted)} images are still to be made; the table is of the others", file=sys.stderr)

@@ -53,10 +53,10 @@ class _Adapted:
 class LoRALinear(_Adapted, nn.Linear):
     def forward(self, x: Tensor, adapters: Tensor | None = None) -> Tensor:
         """x [B, ..., in], adapters [B, A] strengths or None -> [B, ..., out]."""
-        if adapters is None or self.down is None:
-            return super().forward(x)
-        middle = (1,) * (x.dim() - 2)
         y = super().forward(x)                                                      # [B, ..., out]
+        if adapters is None or self.down is None:
+            return y
+        middle = (1,) * (x.dim() - 2)
         if self.gain is not None:
             bias = 0 if self.bias is None else self.bias
             y = y + (y - bias) * (adapters @ self.gain).view(len(x), *middle, -1)
@@ -67,9 +67,9 @@ class LoRALinear(_Adapted, nn.Linear):
 class LoRAConv2d(_Adapted, nn.Conv2d):
     def forward(self, x: Tensor, adapters: Tensor | None = None) -> Tensor:         # type: ignore[override]
         """x [B, in, h, w], adapters [B, A] strengths or None -> [B, out, h', w']."""
-        if adapters is None or self.down is None:
-            return super().forward(x)
         y = super().forward(x)                                                      # [B, out, h', w']
+        if adapters is None or self.down is None:
+            return y
         if self.gain is not None:
             bias = 0 if self.bias is None else self.bias.view(-1, 1, 1)
             y = y + (y - bias) * (adapters @ self.gain)[:, :, None, None]

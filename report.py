@@ -9,6 +9,7 @@ import base64
 import contextlib
 import io
 import json
+import math
 import os
 import tempfile
 import time
@@ -139,13 +140,13 @@ def panel(result: np.ndarray, merged: np.ndarray, step: Step, words: Sequence[tu
     assert step.maps is not None and step.masks is not None
     tiles, labels = [], []
     picture = _tile(result, side, smooth=True)
+    grey = picture.mean(-1, keepdims=True) * 0.6 + 80
     for k, (name, tokens) in enumerate(zip(names, words)):
         attention = step.maps[0, k + 1][:, :, list(tokens)].mean(-1).float().cpu().numpy()         # [m, n]
         tiles.append(_tile(heat(attention), side, smooth=True))
         labels.append(f'map of "{name}"')
         mask = _tile((step.masks[0, k + 1].cpu().numpy() * 255).astype(np.uint8)[..., None].repeat(3, -1), side) > 127
         colour = np.array(COLOURS[k % len(COLOURS)])
-        grey = picture.mean(-1, keepdims=True) * 0.6 + 80
         tiles.append(np.where(mask, 0.55 * picture + 0.45 * colour, grey).astype(np.uint8))
         labels.append(f"its mask: {mask.mean():.0%}" if masked else "no masks at this step")
     tiles += [picture, _tile(merged, side, smooth=True)]
@@ -167,7 +168,7 @@ def estimates(model: Model, steps: Sequence[Step], low_memory: bool = False) -> 
     They are x0, decoded by the VAE itself. That is the dear part of a page, so only every n-th step is decoded: all of
     them while their latents have 2^16 pixels in all (the embedded model), every fourth of 50 at 512x512 in SD 1.5.
     """
-    every = -(-len(steps) * steps[0].x0[0, 0].numel() // 2 ** 16)
+    every = math.ceil(len(steps) * steps[0].x0[0, 0].numel() / 2 ** 16)
     return {step.index: decode(model, step.x0, low_memory)[0].numpy() for step in steps[::every]}
 
 

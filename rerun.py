@@ -44,8 +44,10 @@ def recall(argv: Sequence[str], image: Path, make_parser: Callable[..., argparse
     args = make_parser().parse_args(argv, argparse.Namespace(**kept, recipe=None, lora=None))
     args.chunks, args.recorded = chunks, {}
     args.given = {name for name in ("model", "style") if getattr(args, name) != kept[name]}
-    args.given |= {"vae"} if (args.vae or None) != then.vae else set()
-    args.given |= {f"subject {word_of(words)}" for _, words in args.lora or []}
+    if (args.vae or None) != then.vae:
+        args.given.add("vae")
+    given = {word_of(words): [file, words] for file, words in args.lora or []}
+    args.given |= {f"subject {word}" for word in given}
     if args.recipe is None:
         fields = [field.name for field in dataclasses.fields(Recipe)]
         args.recipe = then.recipe
@@ -56,11 +58,10 @@ def recall(argv: Sequence[str], image: Path, make_parser: Callable[..., argparse
         args.vae = locate(then.vae, image, "--vae VAE")
     if args.style is not None and args.style == then.style:
         args.style = locate(then.style, image, "--style FILE")
-    given = {word_of(words): [file, words] for file, words in args.lora or []}
-    loras = {word_of(words): [file, words] for file, words in then.lora or []}
-    found = {word: [locate(file, image, f'--lora FILE "{words}"'), words] for word, (file, words) in loras.items()
-             if word not in given}
-    args.lora = list({**loras, **found, **given}.values())          # in the image's order
+    recorded = {word_of(words): (file, words) for file, words in then.lora or []}
+    loras = {word: given.get(word) or [locate(file, image, f'--lora FILE "{words}"'), words]
+             for word, (file, words) in recorded.items()}
+    args.lora = list({**loras, **given}.values())                   # in the image's order
     return args
 
 
@@ -98,8 +99,10 @@ def hashes_of(chunks: dict[str, str]) -> dict[str, str]:
     try:
         model, vae, loras, style = (json.loads(chunks.get(key, "null")) for key in ("model", "vae", "loras", "style"))
         hashes = {"model": model["hash"], **{f"subject {one['subject'].lower()}": one["sha256"] for one in loras}}
-        hashes |= {} if style is None else {"style": style["sha256"]}
-        hashes |= {} if vae is None else {"vae": vae["hash"]}
+        if style is not None:
+            hashes["style"] = style["sha256"]
+        if vae is not None:
+            hashes["vae"] = vae["hash"]
         if not all(isinstance(one, str) for one in hashes.values()):
             raise TypeError
         return hashes

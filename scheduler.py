@@ -277,7 +277,7 @@ class LCM(Scheduler):
         if i == len(self.timesteps) - 1:
             return clean, ()
         then = self.alpha(self.timesteps[i + 1])
-        return math.sqrt(then) * clean + math.sqrt(1 - then) * fresh_noise(clean, generator), ()
+        return math.sqrt(then) * clean + math.sqrt(1 - then) * fresh_noise(noise, generator), ()
 
 
 SCHEDULERS: dict[str, type[Scheduler]] = {

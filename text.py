@@ -72,9 +72,9 @@ class TextEncoder:
         text = unicodedata.normalize("NFC", prompt)
         # more than are found: CLIP reads 'dog' in single quotes as 'd and og'
         written = len(re.findall(_whole(phrase), text, re.IGNORECASE)) if phrase.strip() else 0
-        if not found and (written or phrase.strip() and phrase.lower() in prompt.lower()):
-            raise ValueError(f'"{phrase}" is no word of its own in the prompt "{prompt}"; write spaces around it')
         if not found:
+            if written or phrase.strip() and phrase.lower() in prompt.lower():
+                raise ValueError(f'"{phrase}" is no word of its own in the prompt "{prompt}"; write spaces around it')
             raise ValueError(f'"{phrase}" is not in the prompt "{prompt}"; name the subject as the prompt does')
         if (times := max(len(found), written)) > 1:
             raise ValueError(f'"{phrase}" occurs {times} times in the prompt "{prompt}"; a subject must occur once')

@@ -74,7 +74,7 @@ class UNetConfig:
             if block not in known:
                 raise ValueError(f"this UNet is not of the SD 1.x family: it has a block of type {block}")
         values = {key: config[key] for key in cls.__dataclass_fields__ if config.get(key) is not None}
-        values["mid_block"] = config.get("mid_block_type", "") is not None
+        values["mid_block"] = "mid_block_type" not in config or config["mid_block_type"] is not None    # null: none
         early = re.match(r"0\.[0-8]\.", str(config.get("_diffusers_version")))
         if early and isinstance(values.get("sample_size"), int) and values["sample_size"] < 64:
             values["sample_size"] = 64                      # 32 meant nothing then; diffusers' pipeline corrects it likewise

@@ -23,7 +23,6 @@ import contextlib
 import gc
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -70,21 +69,17 @@ class Ours:
         _, probs = clora.predict(self.unet, latents, t, self.plan, rows, self.layers, stop_after_maps=True)
         return clora.read_maps(probs, latents.shape[2:], self.variants, "cond")[0]
 
-    def step(self, latents: Tensor, t: int, recipe: clora.Recipe = PAPER) -> Tensor:
-        count = 1 if recipe.uncond_from == "base" else self.variants                # unconditional rows
-        rows = [*range(count), *range(self.variants, 2 * self.variants)]
-        with torch.inference_mode():
-            parts = [clora.predict(self.unet, latents, t, self.plan, part, self.layers)
-                     for part in ([[row] for row in rows] if self.low_memory else [rows])]
-            noise = torch.cat([noise for noise, _ in parts], dim=1)
-            probs = [torch.cat(layer, dim=1) for layer in zip(*(probs for _, probs in parts))]
-            maps = clora.read_maps(probs, latents.shape[2:], self.variants, "cond")
-            masks = torch.stack([clora.variant_masks(one, self.plan.words, latents.shape[2:], recipe) for one in maps])
-            uncond = noise[:, 0] if count == 1 else clora.blend(noise[:, :count], masks)
-            return clora.guide(uncond, clora.blend(noise[:, count:], masks), recipe)
-
-    def fast_step(self, latents: Tensor, t: int) -> Tensor:
-        return self.step(latents, t, FAST)
+    @torch.inference_mode()
+    def step(self, latents: Tensor, t: int) -> Tensor:
+        rows = range(2 * self.variants)                                             # unconditional, then conditional
+        parts = [clora.predict(self.unet, latents, t, self.plan, part, self.layers)
+                 for part in ([[row] for row in rows] if self.low_memory else [rows])]
+        noise = torch.cat([noise for noise, _ in parts], dim=1)
+        probs = [torch.cat(layer, dim=1) for layer in zip(*(probs for _, probs in parts))]
+        maps = clora.read_maps(probs, latents.shape[2:], self.variants, "cond")
+        masks = torch.stack([clora.variant_masks(one, self.plan.words, latents.shape[2:], PAPER) for one in maps])
+        uncond, cond = (clora.blend(half, masks) for half in noise.split(self.variants, dim=1))
+        return clora.guide(uncond, cond, PAPER)
 
 
 class Theirs:
@@ -145,7 +140,7 @@ def build(who: str, k: int, side: int, options: argparse.Namespace) -> tuple[dic
 
 def check(made: dict, latents: Tensor, k: int) -> None:
     """Both must compute the same thing before their times mean anything. With one subject there is nothing to contrast."""
-    tolerance = 1e-4 if latents.dtype == torch.float32 else 5e-2
+    tolerance = 1e-4
     loss, gradient = made["ours"].guidance(latents, 500)
     their_loss, their_gradient, their_maps = made["peer"].guidance(latents, 500)
     pairs = {"maps": (made["ours"].maps(latents, 500), their_maps)}
@@ -198,11 +193,14 @@ def time_both(k: int, side: int, options: argparse.Namespace) -> tuple[dict, dic
     """Seconds of every call by name, alternating: {"ours guidance": [...], "peer guidance": [...], ...}, and of ours
     the operations."""
     who = "both" if side <= options.peer_up_to and options.batch == 1 else "ours"
-    made, latents = build(who, k, side, options)
-    if "peer" in made:
+    if who == "both":                                   # in exact float32: in half the peer's gradient is lost in rounding
+        tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+        made, latents = build(who, k, side, argparse.Namespace(**{**vars(options), "dtype": "float32"}))
         check(made, latents, k)
+        torch.backends.cudnn.allow_tf32 = tf32
+    if who != "both" or options.dtype != "float32":
+        made, latents = build(who, k, side, options)
     calls = {f"{name} {what}": getattr(one, what) for what in ("guidance", "step") for name, one in made.items()}
-    calls["ours fast step"] = made["ours"].fast_step
     counted = {name: operations(call, latents, 500) for name, call in calls.items() if name.startswith("ours")}
     times: dict[str, list[float]] = {name: [] for name in calls}
     if options.compile:                                 # now: the counter sees no operation of a compiled program
@@ -247,6 +245,8 @@ def measure(who: str, what: str, k: int, side: int, options: argparse.Namespace)
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) * 1024
+        # Windows has none
+        import resource
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     before = peak()
     getattr(made[who], what)(latents, 500)
@@ -260,9 +260,9 @@ def spread(values: list[float]) -> str:
 def images(times: dict, counted: dict) -> None:
     """Adds whole images to the seconds and to the operations."""
     for name, recipe in (("image", PAPER), ("fast image", FAST)):
-        passes, step = count_passes(recipe), f"ours {name.replace('image', 'step')}"
-        times[f"ours {name}"] = [passes * g + recipe.steps * s for g, s in zip(times["ours guidance"], times[step])]
-        counted[f"ours {name}"] = passes * counted["ours guidance"] + recipe.steps * counted[step]
+        passes = count_passes(recipe)
+        times[f"ours {name}"] = [passes * g + recipe.steps * s for g, s in zip(times["ours guidance"], times["ours step"])]
+        counted[f"ours {name}"] = passes * counted["ours guidance"] + recipe.steps * counted["ours step"]
     if "peer step" in times:
         passes, plain = count_passes(PAPER), PAPER.steps - PAPER.update_until - 1
         times["peer image"] = [passes * g + plain * s for g, s in zip(times["peer guidance"], times["peer step"])]
@@ -284,6 +284,8 @@ def main(options: argparse.Namespace) -> None:
             print(f"{side}x{side}, {k} LoRAs", file=sys.stderr)
             times, counted = time_both(k, side, options)
             gc.collect()
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()                # the processes that measure memory need it
             images(times, counted)
             held = {} if options.no_memory else {
                 f"{who} {what}": memory(who, what, k, side, options)
@@ -323,7 +325,8 @@ if __name__ == "__main__":
     parser.add_argument("--loras", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="the first card: choose another with CUDA_VISIBLE_DEVICES")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--low-memory", action="store_true", help="ours one variant at a time")
     parser.add_argument("--batch", type=int, default=1, help="pictures at once: the seconds of all, and the peer is not run")

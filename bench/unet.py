@@ -118,7 +118,8 @@ if __name__ == "__main__":
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="the first card: choose another with CUDA_VISIBLE_DEVICES")
     parser.add_argument("--channels-last", action="store_true", help="diffusers too (on CUDA always)")
     parser.add_argument("--lora", action="store_true", help="a LoRA applied against the same LoRA merged")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")

@@ -591,9 +591,22 @@ def test_steps_run_on_another_device_and_never_wait_for_it(low_memory, changes):
         with NoWaiting(), NoNumbers():
             step = next(steps)
         assert step.latents.device.type == step.masks.device.type == step.losses[0].device.type == "meta"
-        assert step.latents.shape == noise.shape and step.latents.dtype == torch.half and step.masks.shape == (2, 3, 6, 8)
+        assert step.latents.shape == noise.shape and step.latents.dtype == torch.float32
+        assert step.noise.dtype == torch.half and step.masks.shape == (2, 3, 6, 8)
     with pytest.raises(RuntimeError, match="meta"):         # only after the last one: were the latents finite?
         next(steps)
+
+
+def test_half_precision_rounds_no_update_away():
+    """The UNet computes in half, the latents add up in float32."""
+    model, plan = tiny_model()
+    model.unet.bfloat16()
+    plan = dataclasses.replace(plan, context=plan.context.bfloat16(), adapters=plan.adapters.bfloat16())
+    noise = torch.randn(1, 4, 6, 8).bfloat16()
+    step = next(clora.compose(model, plan, Recipe(steps=1, update_until=0, refine_at=(), alpha=1.0), noise))
+    moved = (step.updates[0] - noise.float()).abs()
+    assert 0 < moved.max() < 2 ** -9 * noise.abs().max(), "less than bfloat16 could add"
+    assert (moved > 0).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("low_memory", [False, True])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import cli
 import evaluate
@@ -100,6 +100,7 @@ GOOD = {"prompt": "a ball", "loras": [[LORA, "ball=zib ball"]]}
     ([{**GOOD, "loras": [[LORA, 1]]}], "loras must be"), ([{**GOOD, "loras": [[LORA]]}], "loras must be"),
     ([{**GOOD, "loras": [["no.safetensors", "ball"]]}], "no.safetensors does not exist"), ([{**GOOD, "style": 1}], "style"),
     ([{**GOOD, "style": ""}], "leave it out"), ([{**GOOD, "prompt": "\ud800"}], "prompt is no text"),
+    ([{**GOOD, "loras": [[LORA, "ball=\ud800 ball"]]}], "trigger is no text"),
     ([{**GOOD, "style": "no.safetensors:0.5"}], "no.safetensors:0.5 does not exist"),
     ([{**GOOD, "references": []}], "references must be"), ([{**GOOD, "references": "x"}], "references must be"),
     ([{**GOOD, "references": ["nowhere"]}], "no pictures in the references nowhere"),
@@ -192,7 +193,9 @@ def test_an_interval_is_of_figures_that_differ():
     lines = [{"column": "clora", "set": number, "seed": 0, "seconds": 1.0, "success": number > 1, "leak": False,
               "clip": 0.1} for number in range(6)]
     _, success, leak, clip = evaluate.table(lines, ["clora"]).splitlines()[2].split(" | ")[1:5]
-    assert success.startswith("67% (") and (leak, clip) == ("0%", "0.100")
+    assert success.startswith("67% (") and (leak, clip) == ("0% (0% to 46%)", "0.100")       # 1 - 0.025 ** (1 / 6)
+    alone = [{"column": "base", "set": 0, "seed": 0, "seconds": 1.0, "success": True}]
+    assert "| 100% (2% to 100%) |" in evaluate.table(alone, ["base"]), "one picture says next to nothing"
 
 
 def test_subjects_are_read_as_the_command_line_does():
@@ -283,6 +286,18 @@ def test_the_same_sweep_by_other_words(here, tmp_path, monkeypatch):
     assert (tmp_path / "r/results-0.jsonl").read_bytes() == before
 
 
+def test_scores_of_other_weights_are_not_mixed(here, tmp_path):
+    shutil.copytree(ROOT / "weights/toy/clip", tmp_path / "clip")
+    arguments = ["--prompts", "1", "--seeds", "0", "--methods", "base", "--quiet", "--set", '{"steps": 1}', "--clip", "clip",
+                 "--out", "r"]
+    assert here(*arguments).returncode == 0
+    state = load_file(tmp_path / "clip/model.safetensors")
+    save_file({**state, "text_projection.weight": -state["text_projection.weight"]}, tmp_path / "clip/model.safetensors",
+              {"format": "pt"})
+    done = here(*arguments)
+    assert done.returncode == 2 and "another scores" in done.stderr
+
+
 def test_peft_settings_beside_a_lora_count(here, tmp_path):
     """Where they are read: the first LoRA is kohya's, the second PEFT's."""
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -310,7 +325,11 @@ def test_verdicts():
     assert evaluate.verdict(seen(("ball", "zib"), ("star", "red")), truth)["missing"]
     assert evaluate.verdict(seen(("ball", "zib"), ("star", "zib")), truth)["leak"]
     both = evaluate.verdict(seen(("ball", "zib"), ("star", "tam"), ("box", "zib")), truth)
-    assert both["leak"] and not both["success"] and not both["missing"]
+    assert both["leak"] and both["extra"] and not both["success"] and not both["missing"]
+    double = evaluate.verdict(seen(("ball", "zib"), ("ball", "zib"), ("star", "tam")), truth)
+    assert double["leak"] and not double["success"] and not double["missing"]
+    plain = evaluate.verdict(seen(("ball", "zib"), ("star", "tam"), ("box", "red")), truth)
+    assert plain["success"] and plain["extra"], "an object more, in a look of its own, is no failure"
 
 
 def test_verdicts_in_a_style_count_kinds_and_the_style():
@@ -361,7 +380,8 @@ def test_table_pairs_every_method_with_merge_and_clora():
     lines = [{"column": column, "set": number, "seed": 0, "success": column == "clora" or number < 2, "seconds": 1.0}
              for column in ("clora", "merge") for number in range(4)]
     lines += [{"column": "clora", "set": 9, "seed": 0, "success": False, "seconds": 1.0}]       # merge has no such image
-    heading, _, clora, merge = (line.split(" | ") for line in evaluate.table(lines, ["clora", "merge"]).splitlines())
+    heading, _, clora, merge, *note = (line.split(" | ") for line in evaluate.table(lines, ["clora", "merge"]).splitlines())
+    assert "over 5 combinations" in note[1][0]
     assert heading[3:5] == ["success less merge's", "success less clora's"]
     assert clora[2].startswith("80% (") and clora[3].startswith("+50% (") and not clora[4].strip()
     assert merge[2].startswith("50% (") and not merge[3].strip() and merge[4].startswith("-50% (")
@@ -372,7 +392,7 @@ def test_table_without_a_judge():
     """With models and prompts of one's own there is no success, and masks are CLoRA's alone."""
     lines = [{"column": column, "set": number, "seed": 0, "seconds": 1.0, "clip": 0.25, **own} for number in range(4)
              for column, own in (("clora", {"mask": 0.3, "dino_avg": 0.5}), ("merge", {"dino_avg": 0.25} if number else {}))]
-    heading, _, clora, merge = (line.split(" | ") for line in evaluate.table(lines, ["clora", "merge"]).splitlines())
+    heading, _, clora, merge, *_ = (line.split(" | ") for line in evaluate.table(lines, ["clora", "merge"]).splitlines())
     assert heading[2:7] == ["mask of a subject", "DINO avg", "CLIP", "DINO avg less merge's", "DINO avg less clora's"]
     assert clora[2].startswith("30%") and clora[5] == "+0.250"
     assert merge[2] == "" and merge[3] == "0.250"
@@ -380,7 +400,8 @@ def test_table_without_a_judge():
     assert "| merge | 4 | 1.0 |" in evaluate.table(bare, ["clora", "merge"])
     failed = [{"column": "clora", "set": 9, "seed": 0, "error": "x"}]
     assert "| clora | 4 of 5 |" in evaluate.table(lines + failed, ["clora", "merge"])
-    assert evaluate.table(failed, ["clora"]) == "no image was made"
+    assert "1 images failed and are in no figure; the first: x" in evaluate.table(lines + failed, ["clora", "merge"])
+    assert evaluate.table(failed, ["clora"]).splitlines()[0] == "no image was made"
 
 
 def test_prompts_with_the_same_loras_are_drawn_together():
@@ -397,7 +418,8 @@ def test_no_prompt_occurs_twice(split, subjects):
 
 
 def test_more_prompts_than_there_are():
-    assert len(evaluate.embedded_sets("test", 32, 1)) == 32
+    alone = evaluate.embedded_sets("test", 32, 1)
+    assert len(alone) == 32 and all(one["prompt"].startswith(f"a {one['truth'][0][0]} ") for one in alone)
     with pytest.raises(ValueError, match="there are only 32 different"):
         evaluate.embedded_sets("test", 48, 1)
 

@@ -43,6 +43,15 @@ def test_a_folder(folder):
     assert all(torch.equal(value, stored[key].float()) for key, value in model.unet.state_dict().items())
 
 
+def test_a_unet_without_a_middle_block(folder):
+    """As tiny-sd and BK-SDM have it."""
+    edit(folder / "unet/config.json", mid_block_type=None)
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    assert "mid_block" in refused(folder)
+    save_file({key: value for key, value in load_file(file).items() if not key.startswith("mid_block.")}, file)
+    assert load_model(folder).unet.mid_block is None
+
+
 def test_a_tokenizer_in_one_file(folder, monkeypatch):
     """transformers 5 saves no vocab.json and merges.txt."""
     from transformers import CLIPTokenizerFast
@@ -271,6 +280,14 @@ def test_a_single_file_gives_the_same_model(kind, tmp_path, monkeypatch):
         ours, theirs = getattr(model, part).state_dict(), getattr(expected, part).state_dict()
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert torch.equal(model.text.encode(["a cat"]), expected.text.encode(["a cat"]))
+
+
+def test_a_cache_without_the_tokenizer_is_not_taken_for_it(tmp_path, monkeypatch):
+    """CLIP's own repository may be cached for its model alone."""
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, local_files_only, **__:
+                        str(tmp_path if local_files_only else GOLDEN / "tokenizer"))
+    assert weights._fetch_tokenizer(tmp_path / "m.safetensors") == GOLDEN / "tokenizer"
 
 
 def test_every_name_has_one_ldm_name():

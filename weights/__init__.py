@@ -10,6 +10,7 @@ wherever precision or device change.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import glob
 import hashlib
@@ -43,7 +44,7 @@ SD15_TEXT = {
     "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 768,
     "vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1,
 }
-LORA_ENDINGS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
+ENDINGS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 NOT_CACHED = "{} is not in the local cache, and the hub cannot be reached or has no such repository"
 TOKENIZER_ID = "openai/clip-vit-large-patch14"              # SD 1.5's tokenizer, for single files
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -62,7 +63,7 @@ class Model:
     text: TextEncoder
     scheduler_config: dict
     name: str                                               # as the caller wrote it
-    files: list[Path]                                       # a folder's that count; of a single file that alone
+    files: list[Path]                                       # that the hash covers: a folder's, or the single file
     settings: dict = field(default_factory=dict)            # the folder's clora.json: map_level, recipe
     vae_files: list[Path] = field(default_factory=list)     # of an autoencoder in the place of the model's
 
@@ -117,7 +118,7 @@ def _local(source: str | Path) -> Path:
 
 
 def _hub_id(source: str | Path) -> str:
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and Path(source).suffix not in (".safetensors", ".ckpt", ".pt"):
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and Path(source).suffix not in ENDINGS:
         return str(source)
     raise ValueError(f"{source}: there is no such file or folder, and it is no hub id (user/name) either")
 
@@ -135,7 +136,8 @@ def _load_folder(folder: Path, name: str, device: str, dtype: torch.dtype, other
     unet = _fill(lambda: UNet(unet_config), lambda: read_state(unet_file), unet_file, device, dtype)
     vae, vae_files = _load_vae(folder / "vae", device, dtype) if other is None else other
     _expect_same_latents(vae.config, vae_config, vae_files[0])
-    own = [path for path in (folder / "vae" / name for name in _weights_names("vae")) if path.is_file()][:1]    # hashed
+    # the model's own VAE is part of its hash, with --vae too
+    own = [path for path in (folder / "vae" / file for file in _weights_names("vae")) if path.is_file()][:1]
     text_config = _read_json(folder / "text_encoder/config.json")
     text_file = _weights_file(folder / "text_encoder", "text_encoder")
     text = _text_model(text_config, read_state(text_file), text_file, device, dtype)
@@ -243,8 +245,8 @@ def _load_single_file(path: Path, name: str, device: str, dtype: torch.dtype, ot
 
     if other is None and not any(key.startswith("first_stage_model.decoder.") for key in state):
         raise ValueError(f"{path} holds no autoencoder; give one, as --vae stabilityai/sd-vae-ft-mse")
-    beside = path.with_suffix(".yaml")                      # as A1111 reads it; the key is ComfyUI's
-    said = beside.read_text(errors="replace") if beside.is_file() else ""
+    yaml = path.with_suffix(".yaml")                        # as A1111 reads it; the key is ComfyUI's
+    said = yaml.read_text(errors="replace") if yaml.is_file() else ""
     if "v_pred" in state or re.search(r"^\s*parameterization:\s*[\"']?v\b", said, re.MULTILINE):
         raise ValueError(f"{path} predicts v and not the noise, which is not supported")
 
@@ -258,9 +260,9 @@ def _load_single_file(path: Path, name: str, device: str, dtype: torch.dtype, ot
         _expect_same_latents(other[0].config, VAEConfig(), other[1][0])
     vae, vae_files = other
     text = _text_model(SD15_TEXT, part("text_encoder"), path, device, dtype)
-    beside = path.parent / "tokenizer"
-    given = any((beside / name).is_file() for name in ("vocab.json", "tokenizer.json"))
-    folder = beside if given else _fetch_tokenizer(path)
+    folder = path.parent / "tokenizer"
+    if not any((folder / file).is_file() for file in ("vocab.json", "tokenizer.json")):
+        folder = _fetch_tokenizer(path)
     return Model(unet, vae, _text_encoder(folder, text), SD15_SCHEDULER, name, [path], {}, vae_files)
 
 
@@ -323,7 +325,7 @@ def _preferred(names: Sequence[str], present: set[str] | None, dtype: torch.dtyp
 def split_weight(text: str) -> tuple[str, float | None]:
     """"cat.safetensors:0.8" -> ("cat.safetensors", 0.8); the weight is optional. A file that has such a name is meant."""
     match = None if os.path.lexists(text) else re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+))", text)
-    if match and not abs(float(match[2])) <= 1e4:
+    if match and abs(float(match[2])) > 1e4:
         raise ValueError(f"{text}: the weight of a LoRA must be between -10000 and 10000")
     return (match[1], float(match[2])) if match else (text, None)
 
@@ -339,27 +341,27 @@ def find_lora(source: str | Path) -> Path:
     place = hub_place(source)
     if place is None:
         files = (Path(source) / f"{stem}{ending}" for stem in ("pytorch_lora_weights", "adapter_model")
-                 for ending in LORA_ENDINGS)
+                 for ending in ENDINGS)
         return next(filter(Path.is_file, files), Path(source))          # read_lora says what is wrong with it
     repo, name = place
     present = _list(repo)
     if name is None:
         names = present
         if names is None:
-            folder = _download(repo, [f"*{ending}" for ending in LORA_ENDINGS], offline=True)
+            folder = _download(repo, [f"*{ending}" for ending in ENDINGS], offline=True)
             names = {file.relative_to(folder).as_posix() for file in folder.rglob("*")}
-        candidates = (sorted(file for file in names if file.endswith(LORA_ENDINGS[0]))
-                      or sorted(file for file in names if file.endswith(LORA_ENDINGS)))
+        candidates = (sorted(file for file in names if file.endswith(ENDINGS[0]))
+                      or sorted(file for file in names if file.endswith(ENDINGS)))
         usual = [file for file in candidates if file.rpartition(".")[0] == "pytorch_lora_weights"] or candidates
         if len(usual) != 1:
             if not candidates:
-                raise ValueError(f"{repo} has no {' or '.join(LORA_ENDINGS[:3])} file; name a repository of a LoRA")
+                raise ValueError(f"{repo} has no {' or '.join(ENDINGS[:3])} file; name a repository of a LoRA")
             several = ", ".join(candidates[:9]) + (" ..." if len(candidates) > 9 else "")
             raise ValueError(f"{repo} has several LoRAs: {several}; name one as {repo}:{candidates[0]}")
         name = usual[0]
     elif present is not None and name not in present:
         raise ValueError(f"{repo} has no file {name}; there are "
-                         f"{', '.join(sorted(file for file in present if file.endswith(LORA_ENDINGS))[:9]) or 'no LoRAs'}")
+                         f"{', '.join(sorted(file for file in present if file.endswith(ENDINGS))[:9]) or 'no LoRAs'}")
     settings = Path(name).with_name("adapter_config.json").as_posix()               # PEFT notes alpha beside the weights
     file = _download(repo, [glob.escape(name), glob.escape(settings)], offline=present is None) / name
     if not file.is_file():
@@ -370,7 +372,7 @@ def find_lora(source: str | Path) -> Path:
 def hub_place(source: str | Path) -> tuple[str, str | None] | None:
     """("user/repo", file or None) if that is what `source` means and not a path, mistyped ones included."""
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::(.+))?", str(source))
-    if Path(source).exists() or match is None or (match[2] is None and Path(source).suffix in LORA_ENDINGS):
+    if Path(source).exists() or match is None or (match[2] is None and Path(source).suffix in ENDINGS):
         return None
     if match[2] is None and Path(source).suffix and Path(source).parent.is_dir():           # loras/cat.safetensor
         return None
@@ -397,12 +399,11 @@ def _download(repo: str, wanted: Sequence[str], offline: bool) -> Path:
 
 
 def _fetch_tokenizer(path: Path) -> Path:
-    from huggingface_hub import snapshot_download
-    for cached in (True, False):
-        try:
-            return Path(snapshot_download(TOKENIZER_ID, allow_patterns=list(TOKENIZER_FILES), local_files_only=cached))
-        except Exception:                           # not cached, then not reachable
-            continue
+    for offline in (True, False):                   # what is in the cache needs no hub
+        with contextlib.suppress(ValueError):
+            folder = _download(TOKENIZER_ID, TOKENIZER_FILES, offline)
+            if any((folder / file).is_file() for file in ("vocab.json", "tokenizer.json")):
+                return folder                       # else the cache has other files of that repository alone
     raise ValueError(f"{path} holds no tokenizer: put SD 1.5's folder tokenizer/ beside it, or let {TOKENIZER_ID} be "
                      "downloaded once")
 
@@ -425,7 +426,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 def _fill(make: Callable[[], nn.Module], read: Callable[[], dict[str, Tensor]], path: Path, device: str,
           dtype: torch.dtype):
     """A module made without memory of its own, whose parameters are the tensors that `read` maps: as they lie in the file,
-    but for the kernels of convolutions, which lie channels last, the layout that is fastest everywhere."""
+    but for the kernels of convolutions, which lie channels last: what convolutions are fastest with."""
     state = read()
     try:
         with torch.device("meta"):
@@ -447,7 +448,8 @@ def _fill(make: Callable[[], nn.Module], read: Callable[[], dict[str, Tensor]], 
                          if value.dim() == 4 and value.dtype == dtype
                          and not value.is_contiguous(memory_format=torch.channels_last)}
     module.load_state_dict({key: value.to(device, dtype) for key, value in state.items()}, assign=True)
-    module.to(memory_format=torch.channels_last)            # type: ignore[call-overload]
+    if torch.device(device).type != "mps":                  # whose backward pass is many times slower with it
+        module.to(memory_format=torch.channels_last)        # type: ignore[call-overload]
     return module.eval().requires_grad_(False)
 
 
@@ -469,10 +471,9 @@ def _text_model(config: dict, state: dict[str, Tensor], path: Path, device: str,
     _check(keep, {**SD15_TEXT, "attention_dropout": 0.0}, path.parent / "config.json")
     with torch.device("meta"):
         nested = any(key.startswith("text_model.") for key in model_class(config_class(**keep)).state_dict())
-    state = {key if nested else key.removeprefix("text_model."): value for key, value in state.items()
+    prefix = "text_model." if nested else ""
+    state = {prefix + key.removeprefix("text_model."): value for key, value in state.items()
              if not key.endswith(("position_ids", "text_projection.weight"))}         # of other forms of the class
-    if nested:
-        state = {key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in state.items()}
     model = _fill(lambda: model_class(config_class(**keep)), lambda: state, path, device, dtype)
     for module in model.modules():                  # buffers outside the state dict were made on the meta device
         if "position_ids" in module._buffers:
@@ -529,9 +530,11 @@ def _check(values: dict, like: dict, path: Path) -> None:
     """ValueError if a value is of another type than in `like`, or is a size that takes hours or all memory to build."""
     for name, value in values.items():
         several = isinstance(like[name], tuple)
-        parts = value if isinstance(value, tuple) and (several or name == "attention_head_dim") else [value]
         kind = type(like[name][0] if several else like[name])
-        low, high = 0 if kind is float or name.endswith("_id") else 1, 64 if "layers" in name else 100_000
-        if len(parts) > 16 or not all(type(part) in (kind, int if kind is float else kind)
-                                      and (kind is str or low <= part <= high) for part in parts):
+        kinds = (int, float) if kind is float else (kind,)
+        low = 0 if kind is float or name.endswith("_id") else 1
+        high = 64 if "layers" in name else 100_000
+        parts = value if isinstance(value, tuple) and (several or name == "attention_head_dim") else [value]
+        if len(parts) > 16 or not all(
+                type(part) in kinds and (kind in (str, bool) or low <= part <= high) for part in parts):
             raise ValueError(f"{path}: {name} cannot be {str(value)[:100]}")

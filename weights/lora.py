@@ -53,7 +53,7 @@ def read_lora(path: str | Path, unet: nn.Module, text_encoder: nn.Module | None 
             raise file.error(f"{key} has shape {list(file.shapes[key])}; the file is damaged, download it again")
     if unknown:
         listed = f"{', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}"
-        if (kind := unsupported(unknown)) and not _guess(FAMILIES, file.shapes):
+        if (kind := _first(UNSUPPORTED, unknown)) and not _first(FAMILIES, file.described):
             raise file.error(f"holds {kind}, which is not supported ({listed}); {SUPPORTED}")
         raise file.mismatch(f"{len(unknown)} of {len(file.shapes)} keys match nothing in this model: {listed}")
     layers: dict[str, dict[str, LoRALayer]] = {"unet": {}, "text_encoder": {}}
@@ -98,14 +98,9 @@ UNSUPPORTED = {
 SUPPORTED = "use a LoRA, LoCon, LoHa, LoKr or DoRA of UNet and text encoder"
 
 
-def unsupported(keys: Iterable[str]) -> str:
-    """What keys that match nothing are, or ""."""
-    text = "\n".join(keys)
-    return next((what for pattern, what in UNSUPPORTED.items() if re.search(pattern, text, re.M)), "")
-
-
-def _guess(table: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> str:
-    text = "\n".join(f"{key} {list(shape)}" for key, shape in shapes.items())
+def _first(table: dict[str, str], lines: Iterable[str]) -> str:
+    """What the first pattern of a table that occurs in the lines stands for, or ""."""
+    text = "\n".join(lines)
     return next((what for pattern, what in table.items() if re.search(pattern, text, re.M)), "")
 
 
@@ -169,14 +164,19 @@ class _File:
                 raise self.error(f"was trained from {start}, which changes the base model's weights too; save it again with "
                                  "PEFT's path_initial_model_for_weight_conversion")
 
+    @property
+    def described(self) -> list[str]:
+        """A line for every key, with its shape."""
+        return [f"{key} {list(shape)}" for key, shape in self.shapes.items()]
+
     def match_keys(self) -> dict[str, re.Match | None]:
         matches = {key: KEY.fullmatch(key) for key in self.shapes}
         if not any(match and match["other"] != "alpha" for match in matches.values()):
             others = [key for key, match in matches.items() if not match]
-            if not any(map(CHECKPOINT.match, others)) and (kind := unsupported(others)):
+            if not any(map(CHECKPOINT.match, others)) and (kind := _first(UNSUPPORTED, others)):
                 raise self.error(f"holds {kind}, which is not supported ({', '.join(others[:3])}, ...); {SUPPORTED}")
             raise self.error(f"has no LoRA keys (first: {next(iter(self.shapes), 'none at all')}); "
-                             f"it looks like {_guess(NOT_A_LORA, self.shapes) or 'something else'}, name a LoRA file")
+                             f"it looks like {_first(NOT_A_LORA, self.described) or 'something else'}, name a LoRA file")
         return matches
 
     def format(self) -> str:
@@ -208,14 +208,15 @@ class _File:
         if noted != rank and not self.config.get(f"{half}.rank_pattern"):
             raise self.error(f"its PEFT settings are of another LoRA: they say r = {noted!r}, and {name} has rank {rank}; "
                              "put its own adapter_config.json beside it")
-        patterns = self.config.get(f"{half}.alpha_pattern")
-        for key in patterns if isinstance(patterns, dict) else ():
+        noted_patterns = self.config.get(f"{half}.alpha_pattern")
+        patterns = noted_patterns if isinstance(noted_patterns, dict) else {}
+        for key in patterns:
             if not re.fullmatch(r"\^?[\w.]+", key):              # PEFT would match it; a stranger's may match for ever
                 raise self.error(f"its PEFT settings have the pattern {key!r} in alpha_pattern; "
                                  "only names of layers are supported")
-        own = [alpha for key, alpha in (patterns.items() if isinstance(patterns, dict) else ())
+        own = [alpha for key, alpha in patterns.items()
                if (name == key[1:] if key.startswith("^") else f".{name}".endswith("." + key))]
-        alpha = [*own, self.config.get(f"{half}.lora_alpha", rank)][0]
+        alpha = own[0] if own else self.config.get(f"{half}.lora_alpha", rank)
         if not isinstance(alpha, int | float) or not math.isfinite(alpha):
             raise self.error(f"lora_alpha of {name} is {alpha!r} in the PEFT settings; save the LoRA again")
         return alpha / (rank ** 0.5 if self.config.get(f"{half}.use_rslora") else rank)
@@ -237,7 +238,7 @@ class _File:
 
     def mismatch(self, why: str) -> ValueError:
         """For a key or a shape that this model does not have: with a guess which model the LoRA is for."""
-        family = _guess(FAMILIES, self.shapes)
+        family = _first(FAMILIES, self.described)
         return self.error(f"looks like a LoRA for {family}, this model is SD 1.5; use a LoRA for SD 1.5 ({why})" if family
                           else f"{why}; use a LoRA that was trained on this kind of model")
 
@@ -325,8 +326,9 @@ def _read_layer(file: _File, half: str, name: str, parts: dict[str, str], weight
 
     def take(part: str, *wanted: int) -> Tensor:
         """The tensor, if this is its shape, up to ones and a flattened kernel."""
-        fits = [[n for n in sizes if n > 1] for sizes in (shape(part), wanted, (*wanted[:1], math.prod(wanted[1:])))]
-        if fits[0] not in fits[1:]:
+        def bare(*sizes: int) -> list[int]:
+            return [n for n in sizes if n > 1]
+        if bare(*shape(part)) not in (bare(*wanted), bare(*wanted[:1], math.prod(wanted[1:]))):
             raise file.mismatch(f"{parts[part]} has shape {list(shape(part))}, {name} needs {list(wanted)}")
         unread.discard(part)
         return file.tensor(parts[part]).reshape(wanted)
@@ -336,7 +338,7 @@ def _read_layer(file: _File, half: str, name: str, parts: dict[str, str], weight
         if core not in parts:
             down = take(b, shape(b)[0], columns, *kernel)       # first: its width tells for which model the file is
             return take(a, rows, len(down)), down
-        left, right = (*shape(core), 0)[:2]
+        left, right = (*shape(core), 0)[:2]                     # 0: a core of one dimension, which fits nothing
         up = take(a, rows, left) if a == "up" else take(a, left, rows).T.contiguous()          # LyCORIS stores it transposed
         return up, torch.einsum("ij...,jc->ic...", take(core, left, right, *kernel), take(b, right, columns)).contiguous()
 
@@ -353,7 +355,8 @@ def _read_layer(file: _File, half: str, name: str, parts: dict[str, str], weight
                 return _dense(take(f"lokr_w{n}", rows, columns, *kernel).flatten(1), kernel)
             a, b = pair(f"lokr_w{n}_a", f"lokr_w{n}_b", f"lokr_t{n}", rows, columns, kernel)
             return (a, b) if len(b) <= rows else _dense(a @ b.flatten(1), kernel)
-        rows, columns = [shape("lokr_w1" if "lokr_w1" in parts else f"lokr_w1_{ab}")[n] for ab, n in (("a", 0), ("b", -1))]
+        whole = "lokr_w1" in parts
+        rows, columns = shape("lokr_w1" if whole else "lokr_w1_a")[0], shape("lokr_w1" if whole else "lokr_w1_b")[-1]
         if out % rows or width % columns:
             raise file.mismatch(f"{min(parts.values())}: a first factor [{rows}, {columns}] does not divide {name}")
         (a1, b1), (a2, b2) = factor(1, rows, columns, []), factor(2, out // rows, width // columns, kernel)
@@ -429,7 +432,7 @@ def describe(path: str | Path) -> dict[str, str]:
                  or next((str(alpha) for alpha in noted if alpha is not None), "not noted, so the rank"),
         "layers": "; ".join(f"{half}: " + ", ".join(f"{counts[half, kind]} {kind}" for kind in LAYERS if counts[half, kind])
                             for half in ("UNet", "text encoder") if any(one == half for one, _ in counts)),
-        "made for": _guess(FAMILIES, file.shapes) or ("SD 1.x" if widths == {768} else ""),
+        "made for": _first(FAMILIES, file.described) or ("SD 1.x" if widths == {768} else ""),
         "trained on": ", ".join(dict.fromkeys(filter(None, base))),
         "name": ", ".join(dict.fromkeys(filter(None, map(file.metadata.get, ("ss_output_name", "modelspec.title"))))),
         "tags": file.metadata.get("modelspec.tags", ""),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
           "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+UNET_ENDS = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
@@ -16,12 +17,8 @@ def ldm_unet_name(name: str, layers: int, attends: tuple[bool, ...]) -> str:
     layers: layers_per_block; attends: whether up block n has attentions. The name may go on below a module (".weight").
     """
     head, _, rest = name.partition(".")
-    if head == "conv_in":
-        return _join("input_blocks.0.0", rest)
-    if head == "conv_norm_out":
-        return _join("out.0", rest)
-    if head == "conv_out":
-        return _join("out.2", rest)
+    if head in UNET_ENDS:
+        return _join(UNET_ENDS[head], rest)
     if head == "time_embedding":
         return name.replace("time_embedding.linear_1", "time_embed.0").replace("time_embedding.linear_2", "time_embed.2")
     if head == "mid_block":
@@ -68,5 +65,5 @@ def _resnet(kind: str, below: str) -> str:
     return _join(RESNET[module], leaf)
 
 
-def _join(*parts: str) -> str:
-    return ".".join(part for part in parts if part)
+def _join(name: str, rest: str) -> str:
+    return f"{name}.{rest}" if rest else name
