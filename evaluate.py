@@ -105,12 +105,13 @@ METHODS |= {
 # --- the list of images -----------------------------------------------------------------------------------------------
 
 def embedded_sets(split: str, prompts: int, subjects: int) -> list[dict]:
-    """Prompts of the embedded world, `subjects` instances each; no prompt twice. With two subjects "tune" and "test" share
-    no pair of instances.
+    """Prompts of the embedded world, `subjects` instances each; no prompt twice. With two subjects "tune" shares no pair of
+    instances with the others. "final" has no prompt of the first 30 of "test", which were looked at during development.
 
     Every set: {"prompt", "loras": [[file, "ball=zib ball"], ...], "truth": [["ball", "zib"], ...]}.
     """
-    rng = np.random.default_rng({"tune": 1, "test": 2}[split])
+    rng = np.random.default_rng({"tune": 1, "test": 2, "final": 3}[split])
+    seen = [one["prompt"] for one in embedded_sets("test", 30, subjects)] if split == "final" else []
     instances = {instance.name: instance for instance in renderer.INSTANCES}
     names = list(instances)
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1:]]
@@ -133,11 +134,12 @@ def embedded_sets(split: str, prompts: int, subjects: int) -> list[dict]:
         prompt = f"{listing} {backgrounds[drawn % len(backgrounds)]}"
         drawn += 1
         repeated += 1
-        if any(one["prompt"] == prompt for one in sets):
+        if prompt in seen:
             if repeated > 10_000:
                 raise ValueError(f"--prompts is {prompts}; there are only {len(sets)} different ones of this kind")
             continue
         repeated = 0
+        seen.append(prompt)
         sets.append({"prompt": prompt,
                      "loras": [[str(TOY / f"loras/{name}.safetensors"), f"{kind}={name} {kind}"]
                                for name, kind in zip(chosen, kinds)],
@@ -799,7 +801,8 @@ def make_parser() -> Parser:
     parser.add_argument("--model", default=str(TOY))
     parser.add_argument("--vae", metavar="VAE", help="as in clora.py")
     parser.add_argument("--sets", metavar="FILE.json", help="prompts and LoRAs (default: those of the embedded world)")
-    parser.add_argument("--split", choices=("tune", "test"), default="test", help="which prompts of the embedded world")
+    parser.add_argument("--split", choices=("tune", "test", "final"), default="test",
+                        help="which prompts of the embedded world: to choose settings by, to develop with, or neither")
     parser.add_argument("--prompts", type=int, default=6, help="how many prompts of the embedded world (default: 6)")
     parser.add_argument("--subjects", type=int, choices=(1, 2, 3), default=2, help="subjects in each of them")
     parser.add_argument("--style", metavar="FILE[:WEIGHT]", help="a style LoRA on every image")
