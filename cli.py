@@ -418,7 +418,9 @@ def run(args: argparse.Namespace) -> None:
         plain = dataclasses.replace(recipe, uncond_from="each")                             # merge has no base variant
         for method in ("merge", "base") if page else ("merge",) if panel else ():
             other = clora.make_plan(model, args.prompt, subjects, style, args.negative, method, plain)
-            finished[method] = draw(model, other, plain, noise, chunk, f"{method}, {label}", args)[-1].latents
+            # other rows and LoRAs: to compile the UNet anew for one picture takes longer than to draw it
+            with torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext():
+                finished[method] = draw(model, other, plain, noise, chunk, f"{method}, {label}", args)[-1].latents
         for b, seed in enumerate(chunk):
             settings = settings_of(args, recipe, model, subjects, style, seed, size)
             pictures = {method: clora.decode(model, latents[b:b + 1], args.low_memory)[0].numpy()
