@@ -183,9 +183,13 @@ def is_embedded(model: str) -> bool:
     return model == str(TOY) or Path(model).resolve() == REPOSITORY / "weights" / "toy"
 
 
-def check_device(device: str, dtype: torch.dtype) -> None:
-    """ValueError if nothing can be computed there. Float32 is made to mean that in convolutions too, not TF32."""
+def keep_float32(dtype: torch.dtype) -> None:
+    """Makes float32 mean that in a GPU's convolutions too, which are in TF32 otherwise."""
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
+
+
+def check_device(device: str) -> None:
+    """ValueError if nothing can be computed there."""
     try:
         torch.zeros(1, device=device).add(1).item()     # a card may be there that this PyTorch has no programs for
     except Exception as error:          # RuntimeError, AssertionError: whatever the backend says
@@ -342,7 +346,8 @@ def run(args: argparse.Namespace) -> None:
     if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", args.device):
         raise ValueError(f"--device {args.device} is not known; use cpu or cuda")
     args.dtype = args.dtype or ("float16" if args.device.startswith("cuda") else "float32")
-    check_device(args.device, DTYPES[args.dtype])
+    check_device(args.device)
+    keep_float32(DTYPES[args.dtype])
     out, place = Path(args.out), args.out
     try:                                                    # say so now, not after the first image
         writable(out)

@@ -42,6 +42,7 @@ from cli import (
     check_device,
     from_repository,
     is_embedded,
+    keep_float32,
     read_style,
     read_subject,
     settings_of,
@@ -310,16 +311,15 @@ def verdict(seen: list[Seen], truth: list[list[str]], style: tuple[str, str] | N
     With a style (asked, seen), which changes every colour, looks are not judged: success is that every kind of object is
     there, and that the picture has the style.
     """
-    looks = {look for _, look in truth}
-    worn = [(one.kind, one.look) for one in seen]
-    asked_for = [(kind, look) for kind, look in truth]
-    absent = any(kind not in [other for other, _ in worn] for kind, _ in truth)
-    facts = {"absent": absent, "extra": len(worn) > len(truth), "seen": [[*pair] for pair in worn]}
+    there, wanted = [[one.kind, one.look] for one in seen], [[*pair] for pair in truth]
+    absent = not {kind for kind, _ in wanted} <= {kind for kind, _ in there}
+    facts = {"absent": absent, "extra": len(there) > len(wanted), "seen": there}
     if style is not None:
         asked, found = style
         return {"success": not absent and asked == found, "missing": absent, "styled": asked == found, **facts}
-    missing = any(pair not in worn for pair in asked_for)
-    leak = any(pair[1] in looks and worn.count(pair) > asked_for.count(pair) for pair in worn)
+    missing = any(pair not in there for pair in wanted)
+    looks = {look for _, look in wanted}
+    leak = any(pair[1] in looks and there.count(pair) > wanted.count(pair) for pair in there)
     return {"success": not missing and not leak, "missing": missing, "leak": leak, **facts}
 
 
@@ -530,6 +530,12 @@ def by_image(lines: list[dict], columns: list[str]) -> dict[str, dict[tuple[int,
             for column in columns}
 
 
+def failures(lines: list[dict]) -> dict[tuple[str, int, int], str]:
+    """{image: reason} of those that were not made by a later attempt either."""
+    good = {image_of(line) for line in lines if "error" not in line}
+    return {image_of(line): line["error"] for line in lines if "error" in line and image_of(line) not in good}
+
+
 def group_of(line: dict) -> int:
     """Images of the same LoRAs are not independent: whatever those cannot do fails in all of them."""
     return line.get("group", line["set"])
@@ -541,8 +547,7 @@ def table(lines: list[dict], columns: list[str]) -> str:
     The first is success, where there is a judge. A figure that only some images have (of masks, of references) is of those.
     """
     by = by_image(lines, columns)
-    good = {image_of(line) for line in lines if "error" not in line}
-    failed = {image_of(line): line["error"] for line in lines if "error" in line and image_of(line) not in good}
+    failed = failures(lines)
     notes = [f"{len(failed)} images failed and are in no figure; the first: {next(iter(failed.values()))}"] if failed else []
     if not any(by.values()):
         return "\n".join(["no image was made", *notes])
@@ -668,7 +673,8 @@ def evaluate(args: argparse.Namespace) -> int:
     args.dtype = args.dtype or ("float16" if args.device.startswith("cuda") else "float32")
     if args.prompts < 1:
         raise ValueError(f"--prompts is {args.prompts}; it must be at least 1")
-    check_device(args.device, DTYPES[args.dtype])
+    check_device(args.device)
+    keep_float32(DTYPES[args.dtype])
     try:
         changes = json.loads(args.set or "{}")
     except (ValueError, RecursionError) as error:
@@ -787,11 +793,8 @@ def sweep(args: argparse.Namespace, maker: Maker, recipes: dict[str, Recipe], ch
             with report.in_place(Path(args.curve)) as path:
                 curve(lines, columns).save(path)
         print(text)
-        good = {image_of(line) for line in lines if "error" not in line}
-        failed = {image_of(line): line for line in lines if "error" in line and image_of(line) not in good}
-        if failed:
-            code = 0 if good else 1
-        if count := len(wanted - good - set(failed)):
+        code = 1 if lines and all("error" in line for line in lines) else 0
+        if count := len(wanted - {image_of(line) for line in lines}):
             print(f"{count} of {len(wanted)} images are still to be made; the table is of the others", file=sys.stderr)
     return code
 

@@ -261,7 +261,7 @@ def _load_single_file(path: Path, name: str, device: str, dtype: torch.dtype, ot
     vae, vae_files = other
     text = _text_model(SD15_TEXT, part("text_encoder"), path, device, dtype)
     folder = path.parent / "tokenizer"
-    if not any((folder / file).is_file() for file in ("vocab.json", "tokenizer.json")):
+    if not _has_tokenizer(folder):
         folder = _fetch_tokenizer(path)
     return Model(unet, vae, _text_encoder(folder, text), SD15_SCHEDULER, name, [path], {}, vae_files)
 
@@ -398,11 +398,15 @@ def _download(repo: str, wanted: Sequence[str], offline: bool) -> Path:
         raise ValueError(f"{repo} cannot be loaded: {reason}") from None
 
 
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json"))
+
+
 def _fetch_tokenizer(path: Path) -> Path:
     for offline in (True, False):                   # what is in the cache needs no hub
         with contextlib.suppress(ValueError):
             folder = _download(TOKENIZER_ID, TOKENIZER_FILES, offline)
-            if any((folder / file).is_file() for file in ("vocab.json", "tokenizer.json")):
+            if _has_tokenizer(folder):
                 return folder                       # else the cache has other files of that repository alone
     raise ValueError(f"{path} holds no tokenizer: put SD 1.5's folder tokenizer/ beside it, or let {TOKENIZER_ID} be "
                      "downloaded once")

@@ -803,7 +803,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--steps is {args.steps}; it must be at least 1")
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"--threads is {args.threads}; it must be at least 1")
-    check_device(args.device, torch.float32)
+    check_device(args.device)
     if args.stage in ("unet", "lora") and not (HERE / "vae/config.json").exists():
         raise ValueError(f"{HERE / 'vae'} is missing; run --stage vae first")
     if args.threads:
