@@ -69,6 +69,7 @@ METHODS: dict[str, tuple[str, str, dict]] = {
     "no-mask": ("clora", "paper", {"mask_from": 10_000}),
     "neither": ("clora", "paper", {"update_until": -1, "mask_from": 10_000}),
     "merge": ("merge", "paper", {}),
+    "merge-full": ("merge", "paper", {}),       # every LoRA at weight 1 where it has none, see `full_weight`
     "switch": ("switch", "paper", {}),
     "composite": ("composite", "paper", {}),
     "base": ("base", "paper", {}),
@@ -151,6 +152,12 @@ def embedded_sets(split: str, prompts: int, subjects: int) -> list[dict]:
 def files_of(one: dict) -> list[str]:
     """The LoRA files of a set, with their weights, the style's last."""
     return [*(file for file, _ in one["loras"]), *filter(None, [one.get("style")])]
+
+
+def full_weight(one: dict) -> dict:
+    """The set with every LoRA at weight 1, unless it has a weight: by itself merging takes 1/K."""
+    return {**one, "loras": [[file if split_weight(file)[1] is not None else f"{file}:1", words]
+                             for file, words in one["loras"]]}
 
 
 def are_pairs(value: object) -> bool:
@@ -542,7 +549,7 @@ def group_of(line: dict) -> int:
 
 
 def table(lines: list[dict], columns: list[str]) -> str:
-    """Markdown: a row per method; figures with their 95 % interval, the first one's paired difference to merge and clora.
+    """Markdown: a row per method; figures with their 95 % interval, the first one's paired difference to merging and clora.
 
     The first is success, where there is a judge. A figure that only some images have (of masks, of references) is of those.
     """
@@ -557,7 +564,7 @@ def table(lines: list[dict], columns: list[str]) -> str:
                    if key != "absent"]
     # of masks only some methods have any
     first, key, form = next((figure for figure in present if figure[1] != "mask"), ("nothing", "", ""))
-    others = [other for other in ("merge", "clora") if other in columns and key]
+    others = [other for other in ("merge", "merge-full", "clora") if other in columns and key]
     headings = ["method", "images", *(name for name, _, _ in present), *(f"{first} less {other}'s" for other in others),
                 "seconds"]
     rows = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
@@ -759,14 +766,15 @@ def sweep(args: argparse.Namespace, maker: Maker, recipes: dict[str, Recipe], ch
         report.remove_temporaries(folder, {"table", "grid"})
     began = time.time()
     for n, (column, number, seeds) in enumerate(mine):
-        made = maker.attempt(sets[number], METHODS[column][0], recipes[column], seeds)
+        one = full_weight(sets[number]) if column == "merge-full" else sets[number]
+        made = maker.attempt(one, METHODS[column][0], recipes[column], seeds)
         for seed, (picture, facts) in zip(seeds, made):
             if (column, number, seed) in done:
                 continue
-            line = {"column": column, "set": number, "seed": seed, "prompt": sets[number]["prompt"], "stamp": stamps[column],
+            line = {"column": column, "set": number, "seed": seed, "prompt": one["prompt"], "stamp": stamps[column],
                     "group": groups[number], **facts}
             if picture is not None:
-                settings = maker.settings(sets[number], *METHODS[column][:2], recipes[column], seed)
+                settings = maker.settings(one, *METHODS[column][:2], recipes[column], seed)
                 report.save_picture(folder / f"images/{column}-{number}-{seed}.png", picture, {"column": column, **settings})
             append_line(folder / f"results-{rank}.jsonl", line)
         if not args.quiet:

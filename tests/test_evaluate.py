@@ -464,6 +464,25 @@ def test_pictures_are_prepared_as_the_scoring_model_says(tmp_path):
     assert torch.allclose(scorer.look([picture]), vector / vector.norm(), atol=1e-5)
 
 
+def test_merging_at_full_weight(here, tmp_path):
+    (one,) = evaluate.embedded_sets("test", 1, 2)
+    given = {**one, "loras": [[f"{file}:{weight}", words] for (file, words), weight in zip(one["loras"], ("1", "0.5"))]}
+    bare = {**one, "loras": [one["loras"][0], given["loras"][1]]}
+    for name, some in (("plain", one), ("given", given), ("bare", bare)):
+        (tmp_path / f"{name}.json").write_text(json.dumps([some]))
+        made = here("--sets", f"{name}.json", "--seeds", "0", "--methods", "merge,merge-full", "--set", '{"steps": 2}',
+                    "--no-scores", "--quiet", "--out", name)
+        assert made.returncode == 0 and "success less merge-full's" in made.stdout
+    pictures = {(name, column): np.asarray(Image.open(tmp_path / name / f"images/{column}-0-0.png"))
+                for name in ("plain", "given", "bare") for column in ("merge", "merge-full")}
+    assert np.array_equal(pictures["given", "merge-full"], pictures["given", "merge"]), "a weight that is given stays"
+    assert np.array_equal(pictures["bare", "merge-full"], pictures["given", "merge"]), "and 1 is what the others get"
+    assert not np.array_equal(pictures["plain", "merge-full"], pictures["plain", "merge"])
+    assert cli.main(["--from", str(tmp_path / "plain/images/merge-full-0-0.png"), "--out", "again", "--quiet"]) == 0
+    again = np.asarray(Image.open(tmp_path / "again/merge-0.png"))
+    assert np.abs(again.astype(int) - pictures["plain", "merge-full"]).max() <= 1
+
+
 def test_a_failed_seed_does_not_take_its_batch_with_it(monkeypatch):
     maker = evaluate.Maker.__new__(evaluate.Maker)
 
