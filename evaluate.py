@@ -638,7 +638,7 @@ def curve(lines: list[dict], columns: list[str]) -> Image.Image:
         x, y = at(most * tenth / 10, 0)
         draw.text((x, y + 8), f"{most * tenth / 10:.1f}", fill=(60, 60, 60), font=font, anchor="ma")
     draw.text((width / 2, height - 8), "seconds an image", fill=(60, 60, 60), font=font, anchor="ms")
-    draw.text((left + 4, top - 4), "images with every subject in its own look", fill=(60, 60, 60), font=font, anchor="ls")
+    draw.text((left + 4, top - 4), "images that are a success", fill=(60, 60, 60), font=font, anchor="ls")
     labels: list[tuple[float, float, float]] = []       # names as drawn: left, right, middle
     for n, (column, (seconds, (mean, low, high))) in enumerate(points.items()):
         colour = report.COLOURS[n % len(report.COLOURS)]

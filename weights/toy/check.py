@@ -104,28 +104,29 @@ def confusion(what: str, names: tuple[str, ...], pairs: Counter) -> str:
 
 @torch.no_grad()
 def check_vae(model: Model) -> None:
-    rng, same, originals, total = np.random.default_rng(1002), 0, 0, 0
-    taught = {instance.name for instance in renderer.INSTANCES}
-    again_seen: list[bool] = []                     # for every thing that looks like an instance
-    looks, lost = Counter(), Counter()              # of all things; of those that are not seen again
+    """Each picture is read twice, as it is and coded and decoded again; a thing counts where its kind and look are seen."""
+    rng, pictures_right = np.random.default_rng(1002), []
+    total, seen = Counter(), {"originals": Counter(), "reconstructions": Counter()}         # things, by look
     for _ in range(120):
         scenes = [scene for scene in (judge_scene(rng) for _ in range(10)) if not scene.style]
         pictures = np.stack([renderer.render(scene) for scene in scenes])
-        x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1              # [B, 3, 128, 128]
         again = pictures_of(model, model.vae.encode(x)[0] * model.vae.config.scaling_factor)
-        for scene, mine, theirs in zip(scenes, LOOK.look(again), LOOK.look(pictures)):
-            truth = sorted((thing.kind, look_of(thing)) for thing in scene.things)
-            total += 1
-            same += sorted((one.kind, one.look) for one in mine) == truth
-            originals += sorted((one.kind, one.look) for one in theirs) == truth
-            seen = Counter((one.kind, one.look) for one in mine)
-            looks.update(look for _, look in truth)
-            lost.update(look for _, look in (Counter(truth) - seen).elements())
-            again_seen += [thing in [(one.kind, one.look) for one in mine] for thing in truth if thing[1] in taught]
-    print(f"vae: the judge reads {same / total:.1%} of {total} reconstructions right, "
-          f"{originals / total:.1%} of the originals; it knows {np.mean(again_seen):.1%} of {len(again_seen)} "
-          "things in a texture of the LoRAs again; most often lost: "
-          + ", ".join(f"{look} ({count} of {looks[look]})" for look, count in lost.most_common(3)))
+        for scene, *both in zip(scenes, LOOK.look(pictures), LOOK.look(again)):
+            truth = Counter((thing.kind, look_of(thing)) for thing in scene.things)
+            read = [Counter((one.kind, one.look) for one in found) for found in both]
+            pictures_right.append([one == truth for one in read])
+            total.update(look for _, look in truth.elements())
+            for name, one in zip(seen, read):
+                seen[name].update(look for _, look in (truth & one).elements())
+    count, (theirs, mine) = len(pictures_right), np.mean(pictures_right, axis=0)
+    print(f"vae: the judge reads {mine:.1%} of {count} reconstructions without any error, {theirs:.1%} of the originals")
+    world = [look for look in LOOKS if look != "other"]
+    for name, looks in (("striped", ["striped"]), ("dotted", ["dotted"]), ("checked (kov)", ["kov"]),
+                        ("in any look of this world", world), ("in a texture or colours that nobody was taught", ["other"])):
+        things, old, new = (sum(found[look] for look in looks) for found in (total, *seen.values()))
+        print(f"vae: of {things} things {name} it knows {new} in the reconstructions ({new / things:.1%}), "
+              f"{old} in the originals ({old / things:.1%})")
 
 
 def check_base(model: Model, count: int = 200) -> None:
