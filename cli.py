@@ -40,7 +40,7 @@ with contextlib.suppress(ValueError):       # Windows: from another drive there 
 DEMO = {"prompt": "a ball and a ring on the grass",
         "lora": [[str(TOY / "loras/zib.safetensors"), "ball=zib ball"],
                  [str(TOY / "loras/pel.safetensors"), "ring=pel ring"]]}
-CHOICES: dict[str, Collection[str]] = {"scheduler": SCHEDULERS, **clora.CHOICES}            # with those of your own
+CHOICES: dict[str, Collection[str]] = {"scheduler": SCHEDULERS, **clora.CHOICES}     # a sampler registered later is one too
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
           "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -139,7 +139,8 @@ def make_recipe(args: argparse.Namespace, model_settings: dict) -> Recipe:
     """The named recipe, then what the model's own clora.json sets, then the values of a --from image, then the flags.
 
     With --steps the step numbers that no flag gives (update_until, refine_at, mask_from) move in proportion: at 20 of the
-    paper's 50 steps the updates end at step 10 and are refined at 0, 4 and 8, and at 8 steps at 4 and 0, 2, 3.
+    paper's 50 steps the updates end at step 10 and are refined at 0, 4 and 8; at 8 steps they end at 4 and are refined at 0,
+    2 and 3.
     """
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)
              if getattr(args, field.name) is not None}
@@ -441,8 +442,8 @@ def run(args: argparse.Namespace) -> None:
                 report.save_trace(traces[seed], own)
                 print(traces[seed])
             if panel:
-                names, middle = [subject.trigger for subject in subjects], own[len(own) // 2]
-                sheet = report.panel(pictures["clora"], pictures["merge"], middle, plan.words, names,
+                middle = own[len(own) // 2]
+                sheet = report.panel(pictures["clora"], pictures["merge"], middle, plan.trigger_tokens, subjects,
                                      middle.index >= recipe.mask_from)
                 report.save_picture(panel_path, sheet, settings)
                 print(panel_path)

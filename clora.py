@@ -5,7 +5,7 @@
 The UNet runs on one latent once per *variant*: v = 0 is the base model with the base prompt; v = k adds LoRA k, and in
 its prompt subject k is replaced by the LoRA's trigger. Every step
     1. reads the cross-attention maps of the variants                  attention_maps   section 3.1 of the paper
-    2. groups them by concept and contrasts the groups                 info_nce_loss    section 3.2
+    2. contrasts them, grouped by concept (`contrast` groups)          info_nce_loss    section 3.2
     3. moves the latent against the gradient                           update_latents   section 3.2
     4. thresholds the maps of each LoRA's own words into a mask        concept_mask     section 3.3
     5. mixes the variants' noise predictions under the masks           blend            section 3.3
@@ -164,15 +164,15 @@ def morphology(mask: Tensor, recipe: Recipe) -> Tensor:
     return x[0, 0] > 0.5
 
 
-def variant_masks(maps: Tensor, words: Sequence[tuple[int, ...]], size: Sequence[int], recipe: Recipe) -> Tensor:
+def variant_masks(maps: Tensor, trigger_tokens: Sequence[tuple[int, ...]], size: Sequence[int], recipe: Recipe) -> Tensor:
     """maps [V, m, n, T] -> float [V, h, w] of 0 and 1; the base variant has what no subject claims (section 3.3).
 
-    words: for each subject k, the tokens of its trigger in the prompt of variant k + 1.
+    trigger_tokens: for each subject k, where its trigger is in the prompt of variant k + 1.
     """
     masks = torch.stack([
         morphology(concept_mask(torch.stack([maps[k + 1, :, :, token] for token in tokens]), recipe.threshold,
                                 recipe.mask_ties), recipe)
-        for k, tokens in enumerate(words)])                                         # [K, m, n]
+        for k, tokens in enumerate(trigger_tokens)])                                # [K, m, n]
     masks = F.interpolate(masks[None].float(), size=tuple(size), mode="nearest")[0]        # [K, h, w]
     return torch.cat([1 - masks.amax(dim=0, keepdim=True), masks])
 
@@ -216,9 +216,9 @@ class Plan:
     context: Tensor                                     # [2V, T, D]
     adapters: Tensor                                    # [2V, A]
     concepts: tuple[tuple[tuple[int, int], ...], ...] = ()      # per subject: (variant, token) of every map of its group
-    words: tuple[tuple[int, ...], ...] = ()             # per subject: the tokens of its trigger in its own prompt
+    trigger_tokens: tuple[tuple[int, ...], ...] = ()    # per subject: where its trigger is in its own prompt
     in_turn: bool = False                               # method switch: the variants take turns
-    keys: TextKeys | None = None                        # 2V rows: the context, as the UNet's layers read it (by compose)
+    keys: TextKeys | None = None                        # 2V rows: the context, as the UNet's layers read it (compose's)
     loras: tuple[LoRA, ...] | None = None               # [A] the columns of adapters; None: what the UNet has attached
 
     def rows(self, rows: Sequence[int], pictures: int) -> tuple[TextKeys | Tensor, Tensor]:
@@ -242,7 +242,7 @@ def make_plan(model: Model, prompt: str, subjects: Sequence[Subject] = (), style
         raise ValueError(f"there is no method called {method}; choose from {', '.join(METHODS)}")
     if recipe.uncond_from == "base" and method not in ("clora", "base"):
         raise ValueError(f"--uncond-from base is for --method clora: {method} has no variant without LoRAs")
-    prompts, concepts, words = write_prompts(model.text, prompt, subjects, method)
+    prompts, concepts, trigger_tokens = write_prompts(model.text, prompt, subjects, method)
     if method == "base":
         subjects, style = (), None                      # no layer adds what would count for nothing
     weights = [1.0 if subject.weight is None else subject.weight for subject in subjects]
@@ -262,7 +262,7 @@ def make_plan(model: Model, prompt: str, subjects: Sequence[Subject] = (), style
     rows = [encode(model, [negative, text], list(zip(loras, row)), recipe) for text, row in zip(prompts, strengths)]
     context = torch.stack(rows, dim=1).flatten(0, 1)                                # [2V, T, D]
     adapters = torch.tensor(strengths * 2, device=context.device, dtype=context.dtype)      # [2V, A]
-    return Plan(prompts, context, adapters, concepts, words, in_turn=method == "switch", loras=loras)
+    return Plan(prompts, context, adapters, concepts, trigger_tokens, in_turn=method == "switch", loras=loras)
 
 
 def encode(model: Model, texts: Sequence[str], loras: Sequence[tuple[LoRA, float]], recipe: Recipe) -> Tensor:
@@ -406,10 +406,12 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
     Each picture has its own loss and masks, and where the sampler adds noise its own generator of the list: a batch gives
     what its pictures give alone, and `low_memory`, one variant after the other, gives the same result, both to rounding.
     To change the method: `loss`, `make_masks` (for one picture after the other) and `update` take what info_nce_loss,
-    variant_masks and update_latents take and return such tensors (no pixel without a variant), a sampler is a Scheduler
-    under a name of its own in SCHEDULERS, and a step's latents may be changed in place: the next step starts from them
-    (examples/). PNDM's second step alone starts again where its first did, as in diffusers. The plan is read once, at the
-    start. A model serves one thread at a time, and is not to be loaded in inference mode.
+    variant_masks and update_latents take and return such tensors (masks may be soft; no pixel without a variant). They are
+    not told the step: steps are made one by one, so they may read what their caller noted after the last `yield`. With
+    `refine_stop` an update that returns the latents as they are ends the repeats. A sampler is a Scheduler under a name of
+    its own in SCHEDULERS. A step's latents may be changed in place: the next step starts from them (examples/).
+    PNDM's second step alone starts again where its first did, as in diffusers. The plan is read once, at the start. A model
+    serves one thread at a time, and is not to be loaded in inference mode.
     ValueError: steps that the scheduler cannot do, latents that became NaN (the step is named), masks of another shape.
     """
     scheduler = make_scheduler(model.scheduler_config, recipe.steps, recipe.scheduler, eta=recipe.eta)
@@ -436,7 +438,7 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
         losses: list[Tensor] = []
         updates: list[Tensor] = []
         moved: list[Tensor] = []
-        before = z
+        before = z                                      # the latent before the last update, for noise_from
         repeats = recipe.refine_steps if i in recipe.refine_at else 0
         due = i <= recipe.update_until and (repeats or i % recipe.update_every == 0)
         if plan.concepts and parting and due and (not recipe.update_stop or active.any()):
@@ -474,7 +476,7 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
             if recipe.update_stop and last is not None:
                 active = active & (change_of(last, maps, plan) >= recipe.update_stop).view(-1, 1, 1, 1)
             if i >= recipe.mask_from:
-                masks = torch.stack([make_masks(one, plan.words, z.shape[2:], recipe) for one in maps])
+                masks = torch.stack([make_masks(one, plan.trigger_tokens, z.shape[2:], recipe) for one in maps]).to(z)
                 expect_masks(masks, (variants, *z.shape[2:]), i)
         noise = blend(cond, masks)
         if guided:

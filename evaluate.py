@@ -48,7 +48,7 @@ from cli import (
     settings_of,
     whole_numbers,
 )
-from clora import RECIPES, Recipe, Subject
+from clora import RECIPES, Plan, Recipe, Step, Subject
 from text import write_prompts
 from weights import find_lora, load_model, split_weight
 from weights.lora import printable
@@ -61,9 +61,9 @@ except ImportError:                     # Windows has no such locks
     fcntl = None                        # type: ignore[assignment]
 
 # name of a column: (method, recipe, settings changed)
-METHODS: dict[str, tuple[str, str, dict]] = {
+COLUMNS: dict[str, tuple[str, str, dict]] = {
     "clora": ("clora", "paper", {}),
-    "clora-release": ("clora", "release", {"steps": 50}),
+    "clora-release": ("clora", "release", {"steps": 50}),           # updated at all of them
     "clora-fast": ("clora", "fast", {}),
     "no-update": ("clora", "paper", {"update_until": -1}),
     "no-mask": ("clora", "paper", {"mask_from": 10_000}),
@@ -74,10 +74,11 @@ METHODS: dict[str, tuple[str, str, dict]] = {
     "composite": ("composite", "paper", {}),
     "base": ("base", "paper", {}),
 }
-DEFAULT = tuple(METHODS)
+DEFAULT = tuple(COLUMNS)
+CODE: list[str] = []                    # files of your own that an image depends on (examples/own_column.py)
 # the paper's recipe with one thing saved, and some together: what recipe fast was chosen from
 TWENTY: dict = {"steps": 20, "scheduler": "dpm++", "update_until": 9, "refine_at": (0, 4, 8)}
-METHODS |= {
+COLUMNS |= {
     "refine-5": ("clora", "paper", {"refine_steps": 5}),
     "refine-0": ("clora", "paper", {"refine_steps": 0}),
     "refine-stop": ("clora", "paper", {"refine_stop": 0.01}),
@@ -108,7 +109,8 @@ METHODS |= {
 
 def embedded_sets(split: str, prompts: int, subjects: int) -> list[dict]:
     """Prompts of the embedded world, `subjects` instances each; no prompt twice. With two subjects "tune" shares no pair of
-    instances with the others. "final" has no prompt of the first 30 of "test", which were looked at during development.
+    instances with the others (with three, some combinations). "final" has no prompt of the first 30 of "test", which were
+    looked at during development.
 
     Every set: {"prompt", "loras": [[file, "ball=zib ball"], ...], "truth": [["ball", "zib"], ...]}.
     """
@@ -357,7 +359,9 @@ class Maker:
         return read_style(self.lora, one.get("style"))
 
     def settings(self, one: dict, method: str, name: str, recipe: Recipe, seed: int) -> dict:
-        """What clora.py --from needs to make the image of this seed again."""
+        """What clora.py --from needs to make the image of this seed again; nothing where it would miss your own code."""
+        if CODE:
+            return {}
         args = argparse.Namespace(model=self.args.model, vae=self.args.vae, prompt=one["prompt"], negative="",
                                   method=method, recipe=name, dtype=self.args.dtype, device=self.args.device,
                                   lora=one["loras"], style=one.get("style"),
@@ -378,24 +382,29 @@ class Maker:
         """Of every LoRA that the sets name, with PEFT's settings beside it."""
         return [self.lora(name).sha256 for name in sorted({split_weight(file)[0] for one in sets for file in files_of(one)})]
 
-    def attempt(self, one: dict, method: str, recipe: Recipe, seeds: Sequence[int]) -> list[tuple[np.ndarray | None, dict]]:
+    def attempt(self, one: dict, column: str, recipe: Recipe, seeds: Sequence[int]) -> list[tuple[np.ndarray | None, dict]]:
         """`make`; if that fails every seed alone, so that one does not take the others with it; then the reason."""
         try:
-            return self.make(one, method, recipe, seeds)
+            return self.make(one, column, recipe, seeds)
         except Exception as error:                  # whatever it is, the other images of a long sweep are wanted
             if isinstance(error, getattr(torch, "AcceleratorError", ())):
                 raise                               # a GPU that does nothing any more: they would all fail
             if len(seeds) == 1:
                 return [(None, {"error": printable(str(error) or type(error).__name__, 1000)})]
-        return [made for seed in seeds for made in self.attempt(one, method, recipe, [seed])]
+        return [made for seed in seeds for made in self.attempt(one, column, recipe, [seed])]
 
-    def make(self, one: dict, method: str, recipe: Recipe, seeds: Sequence[int]) -> list[tuple[np.ndarray | None, dict]]:
+    def steps(self, one: dict, column: str, plan: Plan, recipe: Recipe, noise: torch.Tensor, seeds: Sequence[int]
+              ) -> Iterator[Step]:
+        """The loop. A class of your own can hook into it, or note what it yields (examples/own_column.py)."""
+        return clora.compose(self.model, plan, recipe, noise, clora.step_generators(noise, seeds), self.args.low_memory)
+
+    def make(self, one: dict, column: str, recipe: Recipe, seeds: Sequence[int]) -> list[tuple[np.ndarray | None, dict]]:
         """One batch -> for each seed: picture uint8 [H, W, 3], what was measured (seconds: the batch's, shared out)."""
+        method = COLUMNS[column][0]
         plan = clora.make_plan(self.model, one["prompt"], self.subjects(one), self.style(one), "", method, recipe)
         start, shares = time.time(), []
         noise = torch.cat([clora.initial_noise(self.model, self.size, self.size, seed) for seed in seeds])
-        generators = clora.step_generators(noise, seeds)
-        for step in clora.compose(self.model, plan, recipe, noise, generators, self.args.low_memory):
+        for step in self.steps(one, column, plan, recipe, noise, seeds):
             if step.masks is not None and step.index >= recipe.mask_from:
                 shares.append(step.masks.mean(dim=(2, 3)))                          # [B, V]
         # one by one, as clora.py: the VAE needs more memory than all that was before
@@ -425,7 +434,7 @@ def digest(value) -> str:
 def code_digest() -> str:
     """Of what an image and its verdict depend on beside model, LoRAs and settings: this program and the judge."""
     here = Path(__file__).parent
-    names = ("attention.py", "clora.py", "evaluate.py", "lora.py", "scheduler.py", "text.py", "unet.py", "vae.py",
+    names = (*CODE, "attention.py", "clora.py", "evaluate.py", "lora.py", "scheduler.py", "text.py", "unet.py", "vae.py",
              "weights/__init__.py", "weights/lora.py", "weights/names.py", "weights/toy/judge.py", "weights/toy/renderer.py",
              "weights/toy/judge/config.json", "weights/toy/judge/model.safetensors")
     return digest([hashlib.sha256((here / name).read_bytes()).hexdigest() for name in names])
@@ -440,7 +449,7 @@ def references_digest(sets: Sequence[dict]) -> str | None:
 
 def recipe_of(column: str, settings: dict, changes: dict) -> Recipe:
     """The named recipe, the model's own settings, the command's, and what makes the column what it is."""
-    method, name, own = METHODS[column]
+    method, name, own = COLUMNS[column]
     recipe = changed(changed(RECIPES[name], settings.get("recipe", {}), "clora.json"), changes, "--set")
     recipe = changed(recipe, own, column)
     if recipe.uncond_from == "base" and method not in ("clora", "base"):
@@ -549,9 +558,10 @@ def group_of(line: dict) -> int:
 
 
 def table(lines: list[dict], columns: list[str]) -> str:
-    """Markdown: a row per method; figures with their 95 % interval, the first one's paired difference to merging and clora.
+    """Markdown: a row per method; figures with their 95 % interval, and paired differences to merging and clora.
 
-    The first is success, where there is a judge. A figure that only some images have (of masks, of references) is of those.
+    The first figure is success, where there is a judge. A figure that only some images have (of masks, of references) is
+    of those.
     """
     by = by_image(lines, columns)
     failed = failures(lines)
@@ -564,9 +574,11 @@ def table(lines: list[dict], columns: list[str]) -> str:
                    if key != "absent"]
     # of masks only some methods have any
     first, key, form = next((figure for figure in present if figure[1] != "mask"), ("nothing", "", ""))
-    others = [other for other in ("merge", "merge-full", "clora") if other in columns and key]
-    headings = ["method", "images", *(name for name, _, _ in present), *(f"{first} less {other}'s" for other in others),
-                "seconds"]
+    differences = [(first, key, form, other) for other in ("merge", "merge-full", "clora") if other in columns and key]
+    if "clora" in columns:
+        differences += [(*figure, "clora") for figure in present if figure[1] in ("absent", "leak")]
+    headings = ["method", "images", *(name for name, _, _ in present),
+                *(f"{name} less {other}'s" for name, _, _, other in differences), "seconds"]
     rows = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
 
     def written(form: str, values: list[float], groups: list[int]) -> str:
@@ -588,7 +600,7 @@ def table(lines: list[dict], columns: list[str]) -> str:
         for _, name, written_as in present:
             own = [line for line in done if name in line]
             cells.append(written(written_as, [line[name] for line in own], [group_of(line) for line in own]))
-        for other in others:
+        for _, key, form, other in differences:
             pairs = [(group_of(line), float(line[key]) - float(by[other][at][key])) for at, line in by[column].items()
                      if column != other and key in line and key in by[other].get(at, {})]
             cells.append(written(form.replace(":", ":+"), [d for _, d in pairs], [g for g, _ in pairs]))
@@ -653,10 +665,10 @@ def curve(lines: list[dict], columns: list[str]) -> Image.Image:
     return sheet
 
 
-def evaluate(args: argparse.Namespace) -> int:
+def evaluate(args: argparse.Namespace, make: Callable[[argparse.Namespace], Maker]) -> int:
     columns = list(dict.fromkeys(name.strip() for name in args.methods.split(",") if name.strip()))
-    if unknown := [name for name in columns if name not in METHODS]:
-        raise ValueError(f"there is no method called {unknown[0]}; choose from {', '.join(METHODS)}")
+    if unknown := [name for name in columns if name not in COLUMNS]:
+        raise ValueError(f"there is no method called {unknown[0]}; choose from {', '.join(COLUMNS)}")
     if args.batch is None:
         args.batch = 3 if is_embedded(args.model) else 1
     if args.curve and Path(args.curve).suffix.lower() != ".png":
@@ -709,9 +721,9 @@ def evaluate(args: argparse.Namespace) -> int:
     mine = folder / f"results-{rank}.jsonl"
     with only_writer(mine):             # already while the models load: so the other processes know that this one is at work
         try:
-            maker = Maker(args)
+            maker = make(args)
             recipes = {column: recipe_of(column, maker.model.settings, changes) for column in columns}
-            maker.check(sets, {METHODS[column][0] for column in columns})
+            maker.check(sets, {COLUMNS[column][0] for column in columns})
         except ValueError:
             with contextlib.suppress(OSError):          # of what was made above what is empty goes again
                 if not mine.stat().st_size:
@@ -767,14 +779,14 @@ def sweep(args: argparse.Namespace, maker: Maker, recipes: dict[str, Recipe], ch
     began = time.time()
     for n, (column, number, seeds) in enumerate(mine):
         one = full_weight(sets[number]) if column == "merge-full" else sets[number]
-        made = maker.attempt(one, METHODS[column][0], recipes[column], seeds)
+        made = maker.attempt(one, column, recipes[column], seeds)
         for seed, (picture, facts) in zip(seeds, made):
             if (column, number, seed) in done:
                 continue
             line = {"column": column, "set": number, "seed": seed, "prompt": one["prompt"], "stamp": stamps[column],
                     "group": groups[number], **facts}
             if picture is not None:
-                settings = maker.settings(one, *METHODS[column][:2], recipes[column], seed)
+                settings = maker.settings(one, *COLUMNS[column][:2], recipes[column], seed)
                 report.save_picture(folder / f"images/{column}-{number}-{seed}.png", picture, {"column": column, **settings})
             append_line(folder / f"results-{rank}.jsonl", line)
         if not args.quiet:
@@ -822,11 +834,11 @@ def make_parser() -> Parser:
                         help="how many seeds to draw at once (default: 3 with the embedded model, else 1)")
     parser.add_argument("--low-memory", action="store_true", help="as in clora.py")
     parser.add_argument("--methods", default=",".join(DEFAULT), metavar="A,B",
-                        help=f"from {', '.join(METHODS)} (default: the first {len(DEFAULT)})")
+                        help=f"from {', '.join(COLUMNS)} (default: the first {len(DEFAULT)})")
     parser.add_argument("--curve", metavar="FILE.png", help="draw success against time")
     parser.add_argument("--set", metavar="JSON",
-                        help='settings changed for all methods, as {"alpha": 2}, but for what makes a method what it is '
-                        '(the steps of dpm-20); step numbers do not move with "steps"')
+                        help='settings changed in all columns, as {"alpha": 2}; what a column itself changes wins (the '
+                        'steps of clora-release or dpm-20, but not of clora-fast); step numbers do not move with "steps"')
     parser.add_argument("--dino", metavar="MODEL", help="picture encoder, folder or hub id (default: facebook/dino-vits16; "
                         "with the embedded model its own CLIP)")
     parser.add_argument("--clip", metavar="MODEL", help="folder or hub id (default: openai/clip-vit-base-patch32; with the "
@@ -839,10 +851,13 @@ def make_parser() -> Parser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """-> exit code: 0, 1 when no image could be made, 2 for bad input, 130 when interrupted."""
+def main(argv: Sequence[str] | None = None, make: Callable[[argparse.Namespace], Maker] | None = None) -> int:
+    """make: a Maker of your own (examples/own_column.py).
+
+    -> exit code: 0, 1 when no image could be made, 2 for bad input, 130 when interrupted.
+    """
     try:
-        return evaluate(make_parser().parse_args(argv))
+        return evaluate(make_parser().parse_args(argv), make or Maker)
     except (ValueError, OSError) as error:
         print(f"evaluate: {printable(str(error), 1000)}", file=sys.stderr)
         return 2

@@ -3,8 +3,8 @@
 One forward serves all variants of CLoRA. `adapters` [B, A] holds the strength of adapter a on row b:
 
     row of zeros              the base model, untouched to the last bit
-    one-hot row               one LoRA at its user weight
-    several non-zero entries  LoRAs stacked on one row (subject + style), or merged (1/K each)
+    one non-zero entry        one LoRA, at its user weight
+    several non-zero entries  LoRAs stacked on one row (subject + style), or merged, at 1/K or their weights
 
     y = W x + sum_a adapters[b, a] * (up_a @ down_a) x          (LoRA, arXiv 2106.09685, eq. 3)
 
@@ -17,7 +17,7 @@ Shapes: B rows, A adapters, r rank (summed over the adapters of one layer), N to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -122,8 +122,9 @@ class LoRA:
     format: str                         # "kohya LoRA", "peft DoRA", "kohya LoHa", ...
     sha256: str
     ranks: tuple[int, ...]              # the different ranks of its layers as factored here, ascending
-    unet: dict[str, LoRALayer]          # by module name
-    text_encoder: dict[str, LoRALayer]  # by module name in the long form, text_model.encoder.layers.0.self_attn.q_proj
+    unet: dict[str, LoRALayer] = field(repr=False)          # by module name
+    # by module name in the long form, text_model.encoder.layers.0.self_attn.q_proj
+    text_encoder: dict[str, LoRALayer] = field(repr=False)
     metadata: dict[str, str]
 
 

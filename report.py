@@ -130,27 +130,28 @@ def heat(values: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(t, np.linspace(0, 1, len(stops)), stops[:, c]) for c in range(3)], -1).astype(np.uint8)
 
 
-def panel(result: np.ndarray, merged: np.ndarray, step: Step, words: Sequence[tuple[int, ...]],
-          names: Sequence[str], masked: bool = True, side: int = 256) -> np.ndarray:
+def panel(result: np.ndarray, merged: np.ndarray, step: Step, trigger_tokens: Sequence[tuple[int, ...]],
+          subjects: Sequence[Subject], masked: bool = True, side: int = 256) -> np.ndarray:
     """One picture that explains a run: per subject its map and mask at `step`, then the result beside plain merging.
 
-    result, merged: uint8 [H, W, 3]; words: per subject, its trigger's tokens; masked: whether the step has masks yet.
+    result, merged: uint8 [H, W, 3]; trigger_tokens: of every subject; masked: whether the step has masks yet.
     -> uint8 [side + label, ..., 3].
     """
     assert step.maps is not None and step.masks is not None
     tiles, labels = [], []
     picture = _tile(result, side, smooth=True)
     grey = picture.mean(-1, keepdims=True) * 0.6 + 80
-    for k, (name, tokens) in enumerate(zip(names, words)):
+    for k, (subject, tokens) in enumerate(zip(subjects, trigger_tokens)):
         attention = step.maps[0, k + 1][:, :, list(tokens)].mean(-1).float().cpu().numpy()         # [m, n]
         tiles.append(_tile(heat(attention), side, smooth=True))
-        labels.append(f'map of "{name}"')
+        labels.append(f'map of "{subject.trigger}"')
         mask = _tile((step.masks[0, k + 1].cpu().numpy() * 255).astype(np.uint8)[..., None].repeat(3, -1), side) > 127
         colour = np.array(COLOURS[k % len(COLOURS)])
         tiles.append(np.where(mask, 0.55 * picture + 0.45 * colour, grey).astype(np.uint8))
         labels.append(f"its mask: {mask.mean():.0%}" if masked else "no masks at this step")
     tiles += [picture, _tile(merged, side, smooth=True)]
-    labels += ["CLoRA", "plain merging, same seed"]
+    plain = all(subject.weight is None for subject in subjects)
+    labels += ["CLoRA", f"merged, each at 1/{len(subjects)}" if plain else "merged, at the given weights"]
     gap, strip = 8, 26
     width = sum(tile.shape[1] for tile in tiles) + gap * (len(tiles) + 1)
     sheet = Image.new("RGB", (width, side + strip + gap), (255, 255, 255))

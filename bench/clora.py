@@ -77,7 +77,7 @@ class Ours:
         noise = torch.cat([noise for noise, _ in parts], dim=1)
         probs = [torch.cat(layer, dim=1) for layer in zip(*(probs for _, probs in parts))]
         maps = clora.read_maps(probs, latents.shape[2:], self.variants, "cond")
-        masks = torch.stack([clora.variant_masks(one, self.plan.words, latents.shape[2:], PAPER) for one in maps])
+        masks = torch.stack([clora.variant_masks(one, self.plan.trigger_tokens, latents.shape[2:], PAPER) for one in maps])
         uncond, cond = (clora.blend(half, masks) for half in noise.split(self.variants, dim=1))
         return clora.guide(uncond, cond, PAPER)
 

@@ -35,7 +35,8 @@ def main(steps: int = 50, out: str = "out/filmstrip.png") -> list[Step]:
     for step in (seen[int(share * (steps - 1))] for share in (0, 0.06, 0.12, 0.2, 0.4, 0.7, 1)):
         assert step.maps is not None and step.masks is not None
         picture = decode(model, step.x0)[0].numpy()                                 # [128, 128, 3]
-        maps = [step.maps[0, k + 1][..., list(tokens)].mean(-1) for k, tokens in enumerate(plan.words)]     # [8, 8] each
+        places = enumerate(plan.trigger_tokens, start=1)
+        maps = [step.maps[0, v][..., list(tokens)].mean(-1) for v, tokens in places]          # [8, 8] each
         masks = step.masks[0, 1:].numpy().astype(bool)                              # [2, 16, 16]
         colours = np.full((*masks.shape[1:], 3), 200, np.uint8)
         colours[masks[0]], colours[masks[1]], colours[masks.all(0)] = (230, 60, 50), (40, 110, 230), (150, 70, 200)

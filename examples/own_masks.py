@@ -40,7 +40,7 @@ def main(steps: int = 50, masks: str | Path = MASKS, out: str = "out/own-masks.p
     plan = make_plan(model, "a ball and a ring on the grass",
                      [Subject(zib, "ball", "zib ball"), Subject(pel, "ring", "pel ring")], recipe=recipe)
 
-    def from_picture(maps: Tensor, words: Sequence[tuple[int, ...]], size: Sequence[int], recipe: Recipe) -> Tensor:
+    def from_picture(maps: Tensor, tokens: Sequence[tuple[int, ...]], size: Sequence[int], recipe: Recipe) -> Tensor:
         return read_masks(masks, *size).to(maps.device)
     noise = initial_noise(model, 128, 128, seed=2)
     seen = list(compose(model, plan, recipe, noise, make_masks=from_picture))

@@ -193,7 +193,7 @@ def tiny_plan(variants: int = 3, dtype: torch.dtype = torch.float64) -> clora.Pl
 def tiny_model() -> tuple[SimpleNamespace, clora.Plan]:
     """What `compose` needs of a model, and a plan with its words; seeded."""
     torch.manual_seed(0)
-    plan = dataclasses.replace(tiny_plan(), words=((2, 3), (6,)))
+    plan = dataclasses.replace(tiny_plan(), trigger_tokens=((2, 3), (6,)))
     unet = UNet(TINY).double().eval().requires_grad_(False)
     return SimpleNamespace(unet=unet, map_level=1, scheduler_config=SD15_SCHEDULER), plan
 
@@ -344,7 +344,7 @@ def test_a_loss_and_masks_of_ones_own(low_memory):
             return factor * groups[0].square().sum()
 
         def masks(maps: Tensor, words: tuple, size: tuple, given: Recipe) -> Tensor:
-            assert maps.shape == (3, 3, 4, 77) and words == plan.words and tuple(size) == (6, 8) and given is recipe
+            assert maps.shape == (3, 3, 4, 77) and words == plan.trigger_tokens and tuple(size) == (6, 8) and given is recipe
             return everything_to[v]
         (step,) = clora.compose(model, plan, recipe, noise, None, low_memory, loss=loss, make_masks=masks)
         return step
@@ -427,7 +427,7 @@ def test_noise_from_before_is_from_before_the_last_update_that_was_made():
 def test_one_concept_has_nothing_to_part_from():
     """Its loss is 0 whatever the latents, so there are no updates; a loss of one's own has them."""
     model, _ = tiny_model()
-    plan = dataclasses.replace(tiny_plan(2), words=((2, 3),))
+    plan = dataclasses.replace(tiny_plan(2), trigger_tokens=((2, 3),))
     noise = torch.randn(1, 4, 6, 8, dtype=torch.float64)
     value, gradient = clora.contrast(model.unet, noise, 500, plan, model.unet.map_layers(1), Recipe())
     assert value.item() == 0 and not gradient.any()
@@ -499,7 +499,7 @@ def test_masks_are_kept_between_two_readings():
     assert [i for i, one in enumerate(new) if one] == [0, 3, 4, 6]
     for i, step in enumerate(steps):
         expected = (torch.ones(3, 6, 8) if i < 4 else
-                    clora.variant_masks(step.maps[0], plan.words, (6, 8), Recipe()))
+                    clora.variant_masks(step.maps[0], plan.trigger_tokens, (6, 8), Recipe()))
         assert torch.equal(step.masks[0], expected), i
 
 
@@ -526,7 +526,8 @@ def test_without_guidance_the_unconditional_half_is_not_computed(low_memory, cha
     assert len(rows) == 3 * 3
     assert ((alone - almost).norm() / almost.norm()).item() < 1e-9
     if not changes:                                         # without concepts no maps are read from that half
-        plan, recipe = dataclasses.replace(plan, concepts=(), words=()), Recipe(steps=2, guidance=1, maps_from="both")
+        plan = dataclasses.replace(plan, concepts=(), trigger_tokens=())
+        recipe = Recipe(steps=2, guidance=1, maps_from="both")
         rows.clear()
         list(clora.compose(model, plan, recipe, noise, None, low_memory))
         assert len(rows) == 2 * 3
@@ -642,7 +643,7 @@ def test_a_recipe_has_no_choice_that_is_none(changes, word):
 
 def test_the_base_variant_is_asked_for_where_there_is_none():
     model, plan = tiny_model()
-    plan = dataclasses.replace(plan, concepts=(), words=())                 # composite
+    plan = dataclasses.replace(plan, concepts=(), trigger_tokens=())                 # composite
     with pytest.raises(ValueError, match="no variant without LoRAs"):
         next(clora.compose(model, plan, Recipe(steps=1, uncond_from="base"), torch.randn(1, 4, 6, 8, dtype=torch.float64)))
 

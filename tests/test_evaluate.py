@@ -404,6 +404,14 @@ def test_table_without_a_judge():
     assert evaluate.table(failed, ["clora"]).splitlines()[0] == "no image was made"
 
 
+def test_table_pairs_faults_with_clora_too():
+    lines = [{"column": column, "set": number, "seed": 0, "seconds": 1.0, "success": not bad, "absent": bad, "leak": False}
+             for column, bad in (("clora", False), ("switch", True)) for number in range(4)]
+    heading, _, clora, switch, *_ = (line.split(" | ") for line in evaluate.table(lines, ["clora", "switch"]).splitlines())
+    assert heading[5:8] == ["success less clora's", "an object is absent less clora's", "a texture leaks less clora's"]
+    assert switch[5:8] == ["-100%", "+100%", "+0%"] and clora[5:8] == ["", "", ""]
+
+
 def test_prompts_with_the_same_loras_are_drawn_together():
     values = [{"column": "base", "set": n, "seed": seed, "seconds": 1.0, "success": n < 10}
               for n in range(20) for seed in (0, 1)]
@@ -486,7 +494,7 @@ def test_merging_at_full_weight(here, tmp_path):
 def test_a_failed_seed_does_not_take_its_batch_with_it(monkeypatch):
     maker = evaluate.Maker.__new__(evaluate.Maker)
 
-    def make(one, method, recipe, seeds):
+    def make(one, column, recipe, seeds):
         if 1 in seeds:
             raise OSError("seed 1 is bad")
         return [(None, {"seed": seed}) for seed in seeds]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from examples import filmstrip, other_loss, other_sampler, own_masks
+import evaluate
+from examples import filmstrip, other_loss, other_sampler, own_column, own_masks
 from scheduler import SCHEDULERS, make_scheduler
 from weights.toy.judge import load_judge
 
@@ -77,6 +78,24 @@ def test_the_masks_that_ship_do_what_they_say(tmp_path):
     with Image.open(tmp_path / "a.png") as image:
         (seen,) = load_judge().look(np.asarray(image)[None])
     assert [(one.kind, one.look) for one in seen] == [("ball", "zib"), ("ring", "pel")]
+
+
+def test_a_column_of_ones_own(tmp_path, monkeypatch, capsys):
+    for name, value in (("COLUMNS", dict(evaluate.COLUMNS)), ("CODE", [])):
+        monkeypatch.setattr(evaluate, name, value)
+    flags = ["--prompts", "1", "--seeds", "0", "--set", '{"steps": 2}', "--no-scores", "--quiet",
+             "--out", str(tmp_path / "a")]
+    assert own_column.main(*flags) == 0
+    shares = {line["column"]: line["shares"] for line in evaluate.read_results(tmp_path / "a")}
+    assert shares["halves"] == [0, 0.5, 0.5] and shares["no-update"] != shares["halves"]
+    with Image.open(tmp_path / "a/images/halves-0-0.png") as image:
+        assert image.info["column"] == "halves" and "command" not in image.info, "clora.py could not make it again"
+    # another version of this file is another column
+    copy = tmp_path / "own_column.py"
+    copy.write_text(Path(own_column.__file__).read_text() + "# changed")
+    monkeypatch.setattr(evaluate, "CODE", [])
+    monkeypatch.setattr(own_column, "__file__", str(copy))
+    assert own_column.main(*flags) == 2 and "another code" in capsys.readouterr().err
 
 
 def test_the_method_as_a_strip(tmp_path):

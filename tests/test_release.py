@@ -52,7 +52,7 @@ def test_words_are_found_where_the_release_was_told_they_are(run):
     theirs = [[(v, token) for v, tokens in enumerate(group) for token in tokens]
               for group in args["important_token_indices"]]
     assert [list(concept) for concept in plan.concepts] == theirs
-    assert [list(words) for words in plan.words] == args["mask_indices"][1:]
+    assert [list(words) for words in plan.trigger_tokens] == args["mask_indices"][1:]
 
 
 def test_initial_noise_is_equal(run):
@@ -105,7 +105,7 @@ def test_maps_and_masks(run):
     masks = torch.cat([step.masks for step in steps])
     wrong = masks != tensors["step_masks"]
     for s, v, y, x in wrong.nonzero().tolist():             # a pixel may differ only if it lies on the threshold
-        words = plan.words[v - 1] if v else [token for group in plan.words for token in group]
+        words = plan.trigger_tokens[v - 1] if v else [token for group in plan.trigger_tokens for token in group]
         near = []
         for k in range(1, theirs.shape[1]):
             for token in words:
