@@ -266,7 +266,10 @@ def make_plan(model: Model, prompt: str, subjects: Sequence[Subject] = (), style
 
 
 def encode(model: Model, texts: Sequence[str], loras: Sequence[tuple[LoRA, float]], recipe: Recipe) -> Tensor:
-    """texts -> [len(texts), T, D], through the text encoder with these LoRAs at these strengths."""
+    """texts -> [len(texts), T, D], through the text encoder with these LoRAs at these strengths.
+
+    clip_skip is for all of them, as in A1111 and ComfyUI; diffusers' pipeline skips nothing of the negative prompt.
+    """
     active = [(lora, strength) for lora, strength in loras if strength and lora.text_encoder and recipe.text_lora]
     merged = lora_module.merged_weights(model.text.model, active) if active else None
     return model.text.encode(texts, merged, recipe.clip_skip)

@@ -581,15 +581,16 @@ def table(lines: list[dict], columns: list[str]) -> str:
                 *(f"{name} less {other}'s" for name, _, _, other in differences), "seconds"]
     rows = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
 
-    def written(form: str, values: list[float], groups: list[int]) -> str:
+    def written(form: str, values: list[float], groups: list[int], counted: bool = False) -> str:
         if not values:
             return ""
         figures = bootstrap(np.array(values, float), np.array(groups))
         if len(set(values)) == 1:                       # nothing to draw from
-            if not all(isinstance(value, bool) for value in values):
+            if not counted:
                 return form.format(figures[0])
             beyond = 1 - 0.025 ** (1 / len(values))     # Clopper and Pearson's bound, for images that are independent
-            figures = (1.0, 1 - beyond, 1.0) if values[0] else (0.0, 0.0, beyond)
+            least = -1.0 if "+" in form else 0.0        # of a difference
+            figures = (figures[0], max(least, figures[0] - beyond), min(1.0, figures[0] + beyond))
         mean, low, high = (form.format(x) for x in figures)
         return f"{mean} ({low} to {high})"
     for column in columns:
@@ -599,11 +600,13 @@ def table(lines: list[dict], columns: list[str]) -> str:
         cells = []
         for _, name, written_as in present:
             own = [line for line in done if name in line]
-            cells.append(written(written_as, [line[name] for line in own], [group_of(line) for line in own]))
+            cells.append(written(written_as, [line[name] for line in own], [group_of(line) for line in own],
+                                 all(isinstance(line[name], bool) for line in own)))
         for _, key, form, other in differences:
-            pairs = [(group_of(line), float(line[key]) - float(by[other][at][key])) for at, line in by[column].items()
-                     if column != other and key in line and key in by[other].get(at, {})]
-            cells.append(written(form.replace(":", ":+"), [d for _, d in pairs], [g for g, _ in pairs]))
+            both = [(line, by[other][at][key]) for at, line in by[column].items()
+                    if column != other and key in line and key in by[other].get(at, {})]
+            cells.append(written(form.replace(":", ":+"), [float(line[key]) - float(theirs) for line, theirs in both],
+                                 [group_of(line) for line, _ in both], all(isinstance(theirs, bool) for _, theirs in both)))
         cells.append(f"{np.median([line['seconds'] for line in done]):.1f}")
         asked = len({(line["set"], line["seed"]) for line in lines if line["column"] == column})
         count = f"{len(done)} of {asked}" if asked > len(done) else str(len(done))          # the others failed

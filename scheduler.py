@@ -209,6 +209,9 @@ class DPMSolverPP(Scheduler):
     def make_timesteps(self) -> tuple[int, ...]:
         # one more than asked for and the last left out: the end, t = 0, is a point of its own
         spacing = self.config.get("timestep_spacing", self.timestep_spacing)
+        lowest = self.config.get("lambda_min_clipped", -math.inf)                   # meant for cosine schedules
+        if type(lowest) not in (int, float) or 0.5 * math.log(self.alphas[-1] / (1 - self.alphas[-1])) < lowest:
+            raise ValueError(f"scheduler_config.json: lambda_min_clipped = {lowest!r} is not supported")
         if spacing == "leading":
             ratio, offset = self.train_steps // (self.steps + 1), self.config.get("steps_offset", 0)
             return tuple(n * ratio + offset for n in reversed(range(1, self.steps + 1)))

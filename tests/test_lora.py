@@ -312,10 +312,11 @@ def test_locon_in_tucker_form(unet, tmp_path):
 
 
 @pytest.mark.parametrize("name", [LINEAR, WIDE, CONV1, BIG3])
-def test_alpha_zero_means_not_set(name, unet, tmp_path):
+def test_a_layer_of_alpha_zero_does_nothing(name, unet, tmp_path):
+    """As in diffusers, where its scaling is alpha / rank too (tests/parity)."""
     down, up = random_factors(weight_of(unet, name), 4, 0)
     lora = read_one(tmp_path, unet, name, {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(0.0)})
-    assert relative(change(lora, unet, name), by_hand(down, up, 1.0, weight_of(unet, name))) < 1e-5
+    assert not change(lora, unet, name).any()
 
 
 @pytest.mark.parametrize("rank", [3, 20])                   # 9 ranks, and 400: more than the layer has
@@ -337,6 +338,16 @@ def test_loha_in_tucker_form(unet, tmp_path):
     parts = {f"hada_{key}": value for n, (a, b, t) in sides.items()
              for key, value in ((f"w{n}_a", a), (f"w{n}_b", b), (f"t{n}", t))} | {"alpha": torch.tensor(2.0)}
     delta = tucker(sides[1][2], *sides[1][:2]) * tucker(sides[2][2], *sides[2][:2]) * 2 / 3
+    assert relative(change(read_one(tmp_path, unet, BIG3, parts), unet, BIG3), delta) < 1e-5
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_lokr_in_tucker_form(rank, unet, tmp_path):
+    """Of rank 1 too: the transpose of a single row has strides that not every function takes."""
+    shapes = (rank, 16), (rank, 8), (rank, rank, 3, 3), (4, 4)
+    a, b, core, first = (randn(*shape, seed=n) for n, shape in enumerate(shapes))
+    parts = {"lokr_w1": first, "lokr_w2_a": a, "lokr_w2_b": b, "lokr_t2": core, "alpha": torch.tensor(2.0)}
+    delta = torch.kron(first.double()[:, :, None, None], tucker(core, a, b).contiguous()) * 2 / rank
     assert relative(change(read_one(tmp_path, unet, BIG3, parts), unet, BIG3), delta) < 1e-5
 
 

@@ -156,6 +156,8 @@ def test_precision_is_kept(name, dtype):
     ({"_class_name": "UniPCMultistepScheduler", "solver_order": 3}, "dpm++", "solver_order"), ({}, "euler", "euler"),
     ({"_class_name": "EulerDiscreteScheduler", "use_exponential_sigmas": True}, "dpm++", "use_exponential_sigmas"),
     ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}, None, "algorithm_type"),
+    ({"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1}, "dpm++", "lambda_min_clipped"),
+    ({"lambda_min_clipped": "-inf"}, "dpm++", "lambda_min_clipped"),
     ({"original_inference_steps": 9}, "lcm", "at most 9 steps"), ({"prediction_type": "sample"}, None, "'sample'; this is"),
     *[({key: value}, "lcm", f"{key} cannot be") for key in ("original_inference_steps", "timestep_scaling")
       for value in ("50", None, -1, float("nan"), 1e9)], ({"original_inference_steps": 2000}, "lcm", "cannot be 2000"),

@@ -52,6 +52,12 @@ def test_a_unet_without_a_middle_block(folder):
     assert load_model(folder).unet.mid_block is None
 
 
+def test_a_text_encoder_of_more_tokens_is_refused(folder):
+    """LongCLIP: other programs would read prompts to its end, and every row of the context counts in attention."""
+    edit(folder / "text_encoder/config.json", max_position_embeddings=248)
+    assert "max_position_embeddings is 248" in refused(folder)
+
+
 def test_a_tokenizer_in_one_file(folder, monkeypatch):
     """transformers 5 saves no vocab.json and merges.txt."""
     from transformers import CLIPTokenizerFast

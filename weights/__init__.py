@@ -45,7 +45,7 @@ SD15_TEXT = {
     "vocab_size": 49408, "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1,
 }
 ENDINGS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
-NOT_CACHED = "{} is not in the local cache, and the hub cannot be reached or has no such repository"
+NOT_CACHED = "{} is no file or folder here, not in the local cache, and the hub cannot be reached or has no such repository"
 TOKENIZER_ID = "openai/clip-vit-large-patch14"              # SD 1.5's tokenizer, for single files
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "tokenizer.json")
@@ -473,6 +473,9 @@ def _text_model(config: dict, state: dict[str, Tensor], path: Path, device: str,
     config_class, model_class = _transformers("CLIPTextConfig", "CLIPTextModel")
     keep = {key: config[key] for key in (*SD15_TEXT, "attention_dropout") if key in config}
     _check(keep, {**SD15_TEXT, "attention_dropout": 0.0}, path.parent / "config.json")
+    if keep.get("max_position_embeddings", 77) != 77:               # LongCLIP: other programs read prompts to its end
+        raise ValueError(f"{path.parent / 'config.json'}: max_position_embeddings is {keep['max_position_embeddings']}; "
+                         "only text encoders of 77 tokens are supported")
     with torch.device("meta"):
         nested = any(key.startswith("text_model.") for key in model_class(config_class(**keep)).state_dict())
     prefix = "text_model." if nested else ""

@@ -214,8 +214,9 @@ class _File:
             if not re.fullmatch(r"\^?[\w.]+", key):              # PEFT would match it; a stranger's may match for ever
                 raise self.error(f"its PEFT settings have the pattern {key!r} in alpha_pattern; "
                                  "only names of layers are supported")
+        short = name.removeprefix("text_model.")                # as transformers 5 calls the text encoder's layers
         own = [alpha for key, alpha in patterns.items()
-               if (name == key[1:] if key.startswith("^") else f".{name}".endswith("." + key))]
+               if (key[1:] in (name, short) if key.startswith("^") else f".{name}".endswith("." + key))]
         alpha = own[0] if own else self.config.get(f"{half}.lora_alpha", rank)
         if not isinstance(alpha, int | float) or not math.isfinite(alpha):
             raise self.error(f"lora_alpha of {name} is {alpha!r} in the PEFT settings; save the LoRA again")
@@ -339,7 +340,8 @@ def _read_layer(file: _File, half: str, name: str, parts: dict[str, str], weight
             down = take(b, shape(b)[0], columns, *kernel)       # first: its width tells for which model the file is
             return take(a, rows, len(down)), down
         left, right = (*shape(core), 0)[:2]                     # 0: a core of one dimension, which fits nothing
-        up = take(a, rows, left) if a == "up" else take(a, left, rows).T.contiguous()          # LyCORIS stores it transposed
+        # LyCORIS stores it transposed; .contiguous() would leave the strides of a single row, which torch.kron refuses
+        up = take(a, rows, left) if a == "up" else take(a, left, rows).T.clone(memory_format=torch.contiguous_format)
         return up, torch.einsum("ij...,jc->ic...", take(core, left, right, *kernel), take(b, right, columns)).contiguous()
 
     if any(part.startswith("hada") for part in parts):          # (A1 B1) * (A2 B2): every row of B1 times every row of B2
@@ -369,7 +371,7 @@ def _read_layer(file: _File, half: str, name: str, parts: dict[str, str], weight
     if not rank:                                                # LoKr of two whole matrices: alpha has no meaning
         unread.discard("alpha")
     elif "alpha" in parts:
-        down = down * ((take("alpha").item() or rank) / rank)   # to the trainers 0 means "not set"
+        down = down * (take("alpha").item() / rank)             # 0: the layer does nothing, as in diffusers
     else:
         down = down * file.peft_scale(half, name, rank)
 

@@ -177,6 +177,33 @@ def test_files_that_diffusers_and_peft_write(saved_by, options, ours, theirs, tm
     check(ours, lora, theirs)
 
 
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["plain", "dora", "rslora"])
+@pytest.mark.parametrize("anchor", ["^", ""])
+def test_alpha_patterns_of_a_text_encoder(anchor, options, ours, text, tmp_path):
+    """PEFT's patterns are of the names that its transformers had; those of version 5 do not begin with text_model."""
+    own = next(name for name in names(text, ("q_proj",)))
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "fc1"], rank_pattern={"fc1": 2},
+                             alpha_pattern={anchor + own: 1}, **options)
+    plain = text(IDS).last_hidden_state
+    adapted = peft.get_peft_model(copy.deepcopy(text), config)
+    randomize(adapted)
+    adapted.save_pretrained(tmp_path)
+    lora = read_lora(tmp_path / "adapter_model.safetensors", ours, text)
+    hidden = functional_call(text, merged_weights(text, [(lora, 1.0)]), (IDS,)).last_hidden_state
+    expected = adapted(IDS).last_hidden_state
+    assert relative(plain, expected) > 0.02 and relative(hidden - plain, expected - plain) < 1e-4
+
+
+def test_a_layer_of_alpha_zero_does_nothing(ours, theirs, tmp_path):
+    (name, *_), weights = names(theirs, ("attn1.to_q",)), dict(theirs.named_modules())
+    down, up = torch.randn(4, weights[name].weight.shape[1]), torch.randn(len(weights[name].weight), 4)
+    path = tmp_path / "cat.safetensors"
+    save_file(kohya({name: (down, up, 0.0)}, {}), path)
+    Loader.load_lora_into_unet(*Loader.lora_state_dict(str(path)), theirs)
+    assert set(theirs.get_submodule(name).scaling.values()) == {0.0}
+    assert not read_lora(path, ours).unet[name].down.any()
+
+
 @pytest.mark.parametrize("algorithm", ["loha", "loha tucker", "lokr", "lokr decomposed", "lokr tucker"])
 def test_lycoris_algorithms(algorithm, ours, theirs, tmp_path):
     """PEFT computes LoHa and LoKr as LyCORIS does; its tensors are written here under LyCORIS' names."""
