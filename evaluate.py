@@ -358,10 +358,11 @@ class Maker:
     def style(self, one: dict):
         return read_style(self.lora, one.get("style"))
 
-    def settings(self, one: dict, method: str, name: str, recipe: Recipe, seed: int) -> dict:
+    def settings(self, one: dict, column: str, recipe: Recipe, seed: int) -> dict:
         """What clora.py --from needs to make the image of this seed again; nothing where it would miss your own code."""
         if CODE:
             return {}
+        method, name, _ = COLUMNS[column]
         args = argparse.Namespace(model=self.args.model, vae=self.args.vae, prompt=one["prompt"], negative="",
                                   method=method, recipe=name, dtype=self.args.dtype, device=self.args.device,
                                   lora=one["loras"], style=one.get("style"),
@@ -581,12 +582,12 @@ def table(lines: list[dict], columns: list[str]) -> str:
                 *(f"{name} less {other}'s" for name, _, _, other in differences), "seconds"]
     rows = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
 
-    def written(form: str, values: list[float], groups: list[int], counted: bool = False) -> str:
+    def written(form: str, values: list[float], groups: list[int]) -> str:
         if not values:
             return ""
         figures = bootstrap(np.array(values, float), np.array(groups))
         if len(set(values)) == 1:                       # nothing to draw from
-            if not counted:
+            if not all(isinstance(value, int) for value in values):         # verdicts, and their differences, are
                 return form.format(figures[0])
             beyond = 1 - 0.025 ** (1 / len(values))     # Clopper and Pearson's bound, for images that are independent
             least = -1.0 if "+" in form else 0.0        # of a difference
@@ -600,13 +601,11 @@ def table(lines: list[dict], columns: list[str]) -> str:
         cells = []
         for _, name, written_as in present:
             own = [line for line in done if name in line]
-            cells.append(written(written_as, [line[name] for line in own], [group_of(line) for line in own],
-                                 all(isinstance(line[name], bool) for line in own)))
+            cells.append(written(written_as, [line[name] for line in own], [group_of(line) for line in own]))
         for _, key, form, other in differences:
-            both = [(line, by[other][at][key]) for at, line in by[column].items()
-                    if column != other and key in line and key in by[other].get(at, {})]
-            cells.append(written(form.replace(":", ":+"), [float(line[key]) - float(theirs) for line, theirs in both],
-                                 [group_of(line) for line, _ in both], all(isinstance(theirs, bool) for _, theirs in both)))
+            pairs = [(group_of(line), line[key] - by[other][at][key]) for at, line in by[column].items()
+                     if column != other and key in line and key in by[other].get(at, {})]
+            cells.append(written(form.replace(":", ":+"), [d for _, d in pairs], [g for g, _ in pairs]))
         cells.append(f"{np.median([line['seconds'] for line in done]):.1f}")
         asked = len({(line["set"], line["seed"]) for line in lines if line["column"] == column})
         count = f"{len(done)} of {asked}" if asked > len(done) else str(len(done))          # the others failed
@@ -789,7 +788,7 @@ def sweep(args: argparse.Namespace, maker: Maker, recipes: dict[str, Recipe], ch
             line = {"column": column, "set": number, "seed": seed, "prompt": one["prompt"], "stamp": stamps[column],
                     "group": groups[number], **facts}
             if picture is not None:
-                settings = maker.settings(one, *COLUMNS[column][:2], recipes[column], seed)
+                settings = maker.settings(one, column, recipes[column], seed)
                 report.save_picture(folder / f"images/{column}-{number}-{seed}.png", picture, {"column": column, **settings})
             append_line(folder / f"results-{rank}.jsonl", line)
         if not args.quiet:

@@ -484,7 +484,7 @@ def _text_model(config: dict, state: dict[str, Tensor], path: Path, device: str,
     model = _fill(lambda: model_class(config_class(**keep)), lambda: state, path, device, dtype)
     for module in model.modules():                  # buffers outside the state dict were made on the meta device
         if "position_ids" in module._buffers:
-            module.position_ids = torch.arange(keep.get("max_position_embeddings", 77), device=device)[None]
+            module.position_ids = torch.arange(77, device=device)[None]
     return model
 
 
