@@ -43,6 +43,7 @@ from cli import (
     from_repository,
     is_embedded,
     keep_float32,
+    keep_freed_memory,
     read_style,
     read_subject,
     settings_of,
@@ -858,6 +859,7 @@ def main(argv: Sequence[str] | None = None, make: Callable[[argparse.Namespace],
 
     -> exit code: 0, 1 when no image could be made, 2 for bad input, 130 when interrupted.
     """
+    keep_freed_memory()
     try:
         return evaluate(make_parser().parse_args(argv), make or Maker)
     except (ValueError, OSError) as error:

@@ -56,6 +56,24 @@ def refused(capsys, out: Path, *arguments: str) -> str:
     return message
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="page faults are counted as Linux does")
+def test_freed_memory_is_not_cleared_again_by_the_system():
+    count = """if True:
+        import resource, sys, torch, cli
+        if sys.argv[1] == "kept":
+            cli.keep_freed_memory()
+        def several():
+            return [torch.ones(1 << 20) for _ in range(4)]              # 16 MiB, all freed together
+        several(); several()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            several()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    faults = {how: int(subprocess.run([sys.executable, "-c", count, how], cwd=ROOT, capture_output=True, text=True,
+                                      check=True).stdout) for how in ("kept", "not")}
+    assert faults["kept"] <= faults["not"] / 10, faults
+
+
 def test_images_carry_what_it_takes_to_make_them_again(tmp_path):
     out = tmp_path / "a b"
     assert run(*TWO, "--style", f"{STYLE}:0.8", "--seeds", "3-4", out=out) == 0
