@@ -33,8 +33,9 @@ class TextKeys:
 
 
 def attention_probs(query: Tensor, key: Tensor) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) in float32 at least: query [B, H, N, d], key [B, H, T, d] -> [B, H, N, T]."""
-    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5                # [B, H, N, T]
+    """softmax(Q K^T / sqrt(d)), the softmax in float32 at least: query [B, H, N, d], key [B, H, T, d] -> [B, H, N, T]."""
+    # scaled before the product, which could be more than float16 holds
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)              # [B, H, N, T]
     return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 

@@ -15,9 +15,8 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -25,9 +24,10 @@ from tqdm import tqdm
 import clora
 import report
 import rerun
-from clora import METHODS, RECIPES, Recipe, Step, Subject
+from clora import METHODS, Step, Subject
 from lora import LoRA
-from scheduler import SCHEDULERS, make_scheduler
+from recipe import CHOICES, RECIPES, Recipe, changed
+from scheduler import make_scheduler
 from weights import Model, find_lora, load_model, split_weight
 from weights.lora import describe, printable, trigger_words
 
@@ -41,19 +41,34 @@ with contextlib.suppress(ValueError):       # Windows: from another drive there 
 DEMO = {"prompt": "a ball and a ring on the grass",
         "lora": [[str(TOY / "loras/zib.safetensors"), "ball=zib ball"],
                  [str(TOY / "loras/pel.safetensors"), "ring=pel ring"]]}
-CHOICES: dict[str, Collection[str]] = {"scheduler": SCHEDULERS, **clora.CHOICES}     # a sampler registered later is one too
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
           "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-# how other programs write weights into a prompt: <lora:cat:0.8>, (cat:1.3), ((cat))
+# what other programs do not read as words: <lora:cat:0.8>, (cat:1.3), ((cat)), [cat|dog], embedding:x, BREAK, AND
 WEIGHTED = re.compile(r"<\s*(?:lora|lyco|hypernet)\s*:[^>]*>|\(\([^()]*\)\)"
-                      r"|(?:\([^()]*)?[^\W\d]+\s*:(?:\s*\d?\.\d+|[0-2])\s*[)\]]", re.IGNORECASE)
+                      r"|(?:\([^()]*)?[^\W\d]+\s*:(?:\s*\d?\.\d+|[0-2])\s*[)\]]"
+                      r"|\[[^\[\]|]*\|[^\[\]]*\]|\bembedding:\w+|\b(?-i:BREAK|AND)\b", re.IGNORECASE)
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise ValueError(message)
+        remedy = next((hint for start, hint in HINTS.items() if message.startswith(start)), "")
+        raise ValueError(message + remedy)
+
+
+HINTS = {"argument --lora: expected 2": "; write --lora FILE SUBJECT=TRIGGER, or --style FILE for the whole picture",
+         "argument --seed: invalid": "; several are --seeds 0-9"}
+
+
+class Once(argparse.Action):
+    """One value, and not another after it that would be taken without a word."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if self.dest in (said := namespace.__dict__.setdefault("once", set())):
+            parser.error(f"{option_string} is given twice; one is possible")
+        said.add(self.dest)
+        setattr(namespace, self.dest, values)
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
@@ -72,6 +87,11 @@ def whole_numbers(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(numbers))
 
 
+def written(value: object) -> str:
+    """A value as its flag reads it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def make_parser(add_help: bool = True) -> Parser:
     parser = Parser(prog="clora.py", add_help=add_help,
                     description="Composes several LoRAs in one Stable Diffusion 1.5 image (CLoRA).",
@@ -87,9 +107,9 @@ def make_parser(add_help: bool = True) -> Parser:
     add("--negative", default="", metavar="TEXT", help="negative prompt")
     add("--lora", nargs=2, action="append", metavar=("FILE[:WEIGHT]", "SUBJECT[=TRIGGER]"),
         help="a LoRA (a file, or on the hub user/repo[:FILE]), the word of the prompt that it draws, and what replaces that "
-             "word in its own prompt; repeat for more")
-    add("--style", metavar="FILE[:WEIGHT]", help="a LoRA added to every variant, a file or on the hub ('': none, "
-        "where the image of --from has one)")
+             "word in its own prompt; repeat for more ('' SUBJECT: none, where the image of --from has one)")
+    add("--style", action=Once, metavar="FILE[:WEIGHT]", help="one LoRA added to every variant, a file or on the hub ('': "
+        "none, where the image of --from has one)")
     either = group.add_mutually_exclusive_group()
     either.add_argument("--seed", type=int, default=0, help="initial noise as diffusers draws it on the CPU (default: 0)")
     either.add_argument("--seeds", type=whole_numbers, metavar="0-9", help="several seeds, one image each")
@@ -107,7 +127,8 @@ def make_parser(add_help: bool = True) -> Parser:
         help="a second picture: maps, masks and plain merging (default: in the demonstration)")
     add("--report", action=argparse.BooleanOptionalAction,
         help="a web page in one file: every step's maps, masks and losses (default: in the demonstration)")
-    add("--trace", metavar="FILE.safetensors", help="write every step's maps, masks, losses and latents")
+    add("--trace", metavar="FILE.safetensors", help="write every step's maps, masks, losses and latents "
+        "(of several seeds to FILE-0.safetensors and so on)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", choices=DTYPES, help="default: float16 on CUDA, float32 on the CPU")
     add("--batch", type=int, default=1, metavar="N", help="how many seeds to draw at once (default: 1)")
@@ -117,13 +138,14 @@ def make_parser(add_help: bool = True) -> Parser:
         help="torch.compile the UNet: minutes of waiting at the start; meant for CUDA")
     add("--quiet", action="store_true", help="no progress bar")
 
-    group = parser.add_argument_group("the recipe", "every choice of the method: the recipe sets all, a flag changes one. "
-                                      "With --steps, its --update-until, --refine-at and --mask-from move in proportion.")
+    group = parser.add_argument_group("the recipe", "every choice of the method: the recipe sets all, a model's clora.json "
+                                      "some (the embedded model has one), a flag one. With --steps, the recipe's "
+                                      "--update-until, --refine-at and --mask-from move in proportion.")
     group.add_argument("--recipe", choices=RECIPES, default="paper", help="paper (default), release or fast")
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Recipe), re.MULTILINE))
     for field in dataclasses.fields(Recipe):
         flag, default = "--" + field.name.replace("_", "-"), getattr(RECIPES["paper"], field.name)
-        values = ", ".join(f"{name}: {getattr(recipe, field.name)}" for name, recipe in RECIPES.items())
+        values = ", ".join(f"{name}: {written(getattr(recipe, field.name))}" for name, recipe in RECIPES.items())
         options: dict = {"help": f"{comments.get(field.name, '')} ({values})"}
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
@@ -151,34 +173,7 @@ def make_recipe(args: argparse.Namespace, model_settings: dict) -> Recipe:
         return step if step < 0 else min(10**6, round(step * given.get("steps", recipe.steps) / recipe.steps))  # -1: never
     scaled = {"update_until": moved(recipe.update_until), "mask_from": moved(recipe.mask_from),
               "refine_at": tuple(sorted({moved(step) for step in recipe.refine_at}))}
-    return changed(recipe, {**scaled, **given}, "flags")
-
-
-def changed(recipe: Recipe, values: dict, where: str) -> Recipe:
-    """The recipe with these values; ValueError names one that is unknown, of another type or out of range."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: the settings must be an object like {{\"alpha\": 2}}")
-    types = {bool: (bool,), int: (int,), float: (int, float), str: (str,), type(None): (int, type(None)),
-             tuple: (tuple, list)}
-    for name, value in values.items():
-        if name not in Recipe.__dataclass_fields__:
-            raise ValueError(f"{where}: there is no setting called {name}")
-        allowed = types[type(getattr(RECIPES["paper"], name))]
-        parts = value if isinstance(value, tuple | list) else ()
-        if type(value) not in allowed or \
-                not all(type(part) is int and abs(part) <= 10**6 for part in parts) or \
-                value not in CHOICES.get(name, [value]):
-            raise ValueError(f"{where}: {name} cannot be {value!r}")
-    new: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    recipe = dataclasses.replace(recipe, **new)
-    for name, low, high in (("steps", 1, 1000), ("temperature", 1e-6, 1e6), ("guidance", 1, 1e4), ("eta", 0, 1),
-                            ("threshold", 0, 1), ("refine_steps", 0, 10_000), ("guidance_rescale", 0, 1),
-                            ("switch_every", 1, 1000), ("update_every", 1, 1000), ("refine_stop", 0, 1),
-                            ("update_stop", 0, 1), ("mask_every", 1, 1000), ("update_until", -10**6, 10**6),
-                            ("mask_from", 0, 10**6), ("alpha", -1e6, 1e6)):
-        if not low <= getattr(recipe, name) <= high:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(recipe, name)}; it must be between {low} and {high}")
-    return recipe
+    return changed(recipe, {**scaled, **given})
 
 
 def is_embedded(model: str) -> bool:
@@ -238,7 +233,11 @@ def read_subjects(args: argparse.Namespace, model: Model) -> tuple[list[Subject]
         if subject.trigger.lower() == word.lower() and known and not said:
             phrase = known if word.lower() in known.lower().split() else f"{known} {word}"
             print(f'clora: hint: {file} suggests the trigger "{known}"; write "{word}={phrase}" to use it', file=sys.stderr)
-    return subjects, read_style(model.lora, args.style)
+    style = read_style(model.lora, args.style)
+    noted = trigger_words(style[0].metadata) if style else []
+    if noted and not any(one.lower() in args.prompt.lower() for one in noted):
+        print(f'clora: hint: {args.style} suggests the trigger "{noted[0]}"; write that into the prompt', file=sys.stderr)
+    return subjects, style
 
 
 def from_repository(name: str) -> str:
@@ -310,7 +309,7 @@ def settings_of(args: argparse.Namespace, recipe: Recipe, model: Model, subjects
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
         elif value is not None:
-            words.append(f"{flag}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
+            words.append(f"{flag}={written(value)}")
     return {"prompt": args.prompt, "negative": args.negative, "seed": str(seed), "method": args.method,
             "recipe": {"name": args.recipe, **dataclasses.asdict(recipe)},
             "model": {"name": from_repository(args.model), "hash": model.hash},
@@ -393,7 +392,11 @@ def run(args: argparse.Namespace) -> None:
     default = model.unet.config.sample_size * model.vae.config.factor
     size = (default if args.height is None else args.height, default if args.width is None else args.width)
     clora.initial_noise(model, *size, seeds[0])             # refuses sizes that do not fit
-    subjects, style = read_subjects(args, model)
+    try:
+        subjects, style = read_subjects(args, model)
+    except ValueError as error:
+        unsaid = args.model == str(TOY) and "this kind of model" in str(error)
+        raise ValueError(f"{error} (no --model is given, so this is the embedded one)" if unsaid else str(error)) from None
     loras = (*(subject.lora for subject in subjects), *([style[0]] if style else []))
     read = {path.resolve() for path in (*model.files, *model.vae_files, *(lora.path for lora in loras))}
     if replaced := [str(path) for path in traces.values() if path.resolve() in read]:
@@ -409,13 +412,14 @@ def run(args: argparse.Namespace) -> None:
             if Path(args.source).resolve() in written and (stale or not same):
                 raise ValueError(f"this would replace {args.source} with another image; give another --out")
     for texts in ((args.prompt, *plan.prompts), (args.negative,)):
-        if cut := next(filter(None, map(model.text.truncated, texts)), ""):
-            print(f'clora: warning: CLIP reads 77 tokens; this was cut off: "{printable(cut, 700)}"', file=sys.stderr)
+        if long := next(filter(model.text.truncated, texts), ""):
+            print(f'clora: warning: CLIP reads 77 tokens; this was cut off: "{printable(model.text.truncated(long), 700)}", '
+                  f'the end of "{printable(long, 700)}"', file=sys.stderr)
 
     said = [f'the prompt says "{s.trigger}" already, and the trigger is put in the place of "{s.word}"; write that alone'
             for s in subjects if args.method != "base" and s.trigger.lower() not in s.word.lower()
             and model.text.positions(args.prompt, s.trigger)]
-    said += [f'"{printable(found[0], 100)}" is read as plain words: a prompt has no weights here, of words or of LoRAs'
+    said += [f'"{printable(found[0], 100)}" is read as plain words: a prompt has no weights, switches or embeddings here'
              for text in (args.prompt, args.negative, *(s.trigger for s in subjects)) if (found := WEIGHTED.search(text))]
     evaluations = len(make_scheduler(model.scheduler_config, recipe.steps, recipe.scheduler).timesteps)
     for line in (*said, *without_effect(args, recipe, evaluations, demo)):

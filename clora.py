@@ -1,6 +1,6 @@
 """CLoRA: several LoRAs in one Stable Diffusion image, at test time (arXiv 2403.19776).
 
-    python clora.py --prompt "a cat and a dog" --lora cat.safetensors "cat=sks cat" --lora dog.safetensors "dog=sks dog"
+    python clora.py --model FOLDER --prompt "a cat and a dog" --lora a.safetensors "cat=sks cat" --lora b.safetensors dog
 
 The UNet runs on one latent once per *variant*: v = 0 is the base model with the base prompt; v = k adds LoRA k, and in
 its prompt subject k is replaced by the LoRA's trigger. Every step
@@ -27,75 +27,13 @@ from torch import Tensor
 import lora as lora_module
 from attention import TextKeys
 from lora import LoRA
+from recipe import Recipe, recipe_for
 from scheduler import Generators, make_scheduler
 from text import write_prompts
 from unet import UNet
 from weights import Model
 
 METHODS = ("clora", "merge", "switch", "composite", "base")
-CHOICES: dict[str, tuple[str, ...]] = {
-    "maps_from": ("cond", "both"), "noise_from": ("after", "before"), "uncond_from": ("each", "base")}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Every choice of the method. The defaults are the paper's; where it is silent the release's, and the usual guidance.
-
-    The command line has a flag for each field, whose type is bool, int, float, str or a tuple of ints; the comment beside it
-    is its help.
-    """
-
-    steps: int = 50                     # denoising steps
-    scheduler: str = "ddim"             # ddim, pndm, dpm++, dpm++-karras or lcm
-    eta: float = 0.0                    # noise added by DDIM, 0 (none) to 1 (DDPM)
-    guidance: float = 7.5               # classifier-free guidance scale
-    guidance_rescale: float = 0.0       # phi of arXiv 2305.08891, eq. 16; 0 is off
-    clip_skip: int | None = None        # how many of CLIP's last layers to leave out
-    text_lora: bool = True              # use the text-encoder half of LoRA files that have one
-    temperature: float = 0.5            # tau of the loss
-    alpha: float = 20.0                 # step size of the latent update
-    update_until: int = 25              # last step with a latent update; -1: never
-    refine_at: tuple[int, ...] = (0, 10, 20)    # steps that repeat their update
-    refine_steps: int = 20              # how many times more they do
-    refine_stop: float = 0.0            # end a picture's repeats once one lowers its loss by less than this share; 0: never
-    update_every: int = 1               # steps from one latent update to the next
-    update_stop: float = 0.0            # end a picture's updates once a step moves its maps by less than this; 0: never
-    rescale_maps: bool = False          # scale each map to 0..1 before the loss
-    maps_from: str = "cond"             # "cond": conditional pass; "both": mean with the unconditional one
-    noise_from: str = "after"           # predict the noise at the latent "after" or "before" the step's last update
-    uncond_from: str = "each"           # unconditional half of guidance: of "each" variant or of the "base" for all
-    threshold: float = 0.4              # theta: share of a map's maximum above which a pixel is the subject's
-    mask_ties: bool = True              # a pixel exactly at the threshold belongs to the mask
-    mask_from: int = 0                  # first step with masks; before it the variants are averaged
-    mask_every: int = 1                 # steps from one reading of maps and masks to the next
-    dilate: bool = False                # grow the masks by a pixel (the order: dilate, erode, open, close)
-    erode: bool = False                 # shrink the masks by a pixel
-    open: bool = False                  # erode, then dilate: drops specks
-    close: bool = False                 # dilate, then erode: fills holes
-    switch_every: int = 1               # method switch: steps until the next LoRA's turn
-
-    def __post_init__(self):
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose from {', '.join(allowed)}")
-        if self.uncond_from == "base" and self.maps_from == "both":
-            raise ValueError("--uncond-from base leaves no unconditional maps for --maps-from both; choose one of the two")
-
-
-RECIPES = {
-    "paper": Recipe(),
-    "release": Recipe(steps=100, guidance=10.0, update_until=49, rescale_maps=True, maps_from="both",
-                      noise_from="before", mask_ties=False),
-    "fast": Recipe(steps=20, scheduler="dpm++", update_until=9, refine_at=(0, 4, 8), refine_steps=5),
-}
-
-
-def recipe_for(model: Model, name: str = "paper", **changes) -> Recipe:
-    """The named recipe with the values that the model comes with (clora.json of its folder), and `changes` on top.
-
-    They are taken as they are: with `steps` alone update_until and refine_at stay, which the command line moves along.
-    """
-    return replace(RECIPES[name], **{**model.settings.get("recipe", {}), **changes})
 
 
 # --- the method -----------------------------------------------------------------------------------------------------
@@ -130,7 +68,7 @@ def rescale(maps: Tensor) -> Tensor:
 
 
 def divide(x: Tensor, y: Tensor) -> Tensor:
-    """x / y, and x itself where y is 0, so that neither the value nor the gradient of a constant map is NaN."""
+    """x / y for a norm or a range y, and x where that is 0: neither value nor gradient of a constant map is NaN."""
     return x / torch.where(y > 0, y, 1.0)
 
 
@@ -205,7 +143,7 @@ class Subject:
     weight: float | None = None         # None: 1, or 1/K where LoRAs are merged
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)       # two are the same if they are one: tensors do not say yes or no
 class Plan:
     """A prompt and its LoRAs, encoded. Rows of all tensors: V unconditional, then V conditional. Good for many images.
 
@@ -296,7 +234,7 @@ def step_generators(noise: Tensor, seeds: Sequence[int]) -> list[torch.Generator
 
 # --- the loop -------------------------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Step:
     """The state after one denoising step. Its maps and masks are those that were read last."""
 
@@ -310,6 +248,9 @@ class Step:
     losses: list[Tensor] = field(default_factory=list)      # [B] per update; none where nothing is to be parted
     updates: list[Tensor] = field(default_factory=list)     # latents [B, 4, h, w] after each
     moved: list[Tensor] = field(default_factory=list)       # bool [B] per update: others of the batch had stopped before
+
+    def __repr__(self) -> str:                          # without the numbers of its tensors
+        return f"Step({self.index}, timestep {self.timestep}, {len(self.latents)} pictures, {len(self.losses)} updates)"
 
     def picture(self, b: int) -> Step:
         """The state of picture b alone, as a batch of one, with its own updates."""
@@ -346,7 +287,9 @@ def contrast(unet: UNet, latents: Tensor, timestep: int, plan: Plan, layers: tup
         for one in maps:                                                            # [V, m, n, T]
             groups = [torch.stack([one[v, :, :, token] for v, token in concept]) for concept in plan.concepts]
             groups = [rescale(group) for group in groups] if recipe.rescale_maps else groups
-            losses.append(loss(groups, recipe.temperature))
+            losses.append(value := loss(groups, recipe.temperature))
+            if not isinstance(value, Tensor) or value.dim() or not value.requires_grad:
+                raise ValueError("loss must return a scalar tensor that was computed from the maps")
         return torch.stack(losses)                                                  # [B]
 
     # a picture's loss knows no other picture, so the gradient of the sum holds the gradient of each
@@ -427,14 +370,16 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
     if recipe.uncond_from == "base" and variants > 1 and not plan.concepts:
         raise ValueError("--uncond-from base is for --method clora: this plan has no variant without LoRAs")
     attach_loras(unet, plan)
-    plan = replace(plan, keys=unet.text_keys(plan.context, plan.adapters))          # the same at every step
+    adapters = plan.adapters.clone()                    # the same at every step, like the keys that were made with them
+    plan = replace(plan, adapters=adapters, keys=unet.text_keys(plan.context, adapters))
     history: tuple = ()
     finite: list[Tensor] = []
     # in float32 whatever the UNet's precision: half would round away what a step or an update adds
     z = latents.to(torch.promote_types(latents.dtype, torch.float32)) * scheduler.init_noise_sigma
-    parting = len(plan.concepts) > 1 or loss is not info_nce_loss                   # of one concept the loss is always 0
+    contrasted = len(plan.concepts) > 1 or loss is not info_nce_loss                # of one concept the loss is always 0
     active = torch.ones(len(z), 1, 1, 1, device=z.device, dtype=torch.bool)         # pictures that are still updated
     maps: Tensor | None = None
+    read_at = 0                                                                     # the step that read them
     masks = torch.ones(len(z), 1 if plan.in_turn else variants, *z.shape[2:], device=z.device)     # [B, V, h, w]
     for i, t in enumerate(scheduler.timesteps):
         # move the latent so that the concepts part (section 3.2)
@@ -444,7 +389,7 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
         before = z                                      # the latent before the last update, for noise_from
         repeats = recipe.refine_steps if i in recipe.refine_at else 0
         due = i <= recipe.update_until and (repeats or i % recipe.update_every == 0)
-        if plan.concepts and parting and due and (not recipe.update_stop or active.any()):
+        if plan.concepts and contrasted and due and (not recipe.update_stop or active.any()):
             moving = active
             for n in range(1 + repeats):
                 value, gradient = contrast(unet, z, t, plan, layers, recipe, low_memory, loss)
@@ -460,15 +405,16 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
 
         # one batch predicts the noise of all variants, both guidance halves
         at = z if recipe.noise_from == "after" else before
-        drawn = [i // recipe.switch_every % variants] if plan.in_turn else [*range(variants)]
-        unguided = [] if not guided else [0] if shared else drawn                   # rows of the unconditional half
-        rows = [*unguided, *(variants + v for v in drawn)]
+        computed = [i // recipe.switch_every % variants] if plan.in_turn else [*range(variants)]
+        uncond_rows = [] if not guided else [0] if shared else computed                 # rows of the unconditional half
+        rows = [*uncond_rows, *(variants + v for v in computed)]
         reading = layers if maps is None or i % recipe.mask_every == 0 or i == recipe.mask_from else ()
         with torch.inference_mode():
             batches = [[row] for row in rows] if low_memory else [rows]
             parts = [predict(unet, at, t, plan, batch, reading) for batch in batches]
         noise = torch.cat([noise for noise, _ in parts], dim=1)                     # [B, rows, 4, h, w]
-        uncond, cond = noise[:, :len(unguided)], noise[:, len(unguided):]           # [B, V, 1 or 0, ...], [B, V, ...]
+        # uncond [B, V, 4, h, w], or of 1 variant (shared) or none (not guided); cond [B, V, 4, h, w], in turn of 1
+        uncond, cond = noise.tensor_split([len(uncond_rows)], dim=1)
 
         # one mask per variant, then the blend (section 3.3)
         if reading:
@@ -477,7 +423,9 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
             maps = read_maps(probs, z.shape[2:], variants, recipe.maps_from)        # [B, V, m, n, T]
             del parts, probs                            # of every head, while the next step needs the memory
             if recipe.update_stop and last is not None:
-                active = active & (change_of(last, maps, plan) >= recipe.update_stop).view(-1, 1, 1, 1)
+                change = change_of(last, maps, plan) / (i - read_at)                # [B] of a step
+                active = active & (change >= recipe.update_stop).view(-1, 1, 1, 1)
+            read_at = i
             if i >= recipe.mask_from:
                 masks = torch.stack([make_masks(one, plan.trigger_tokens, z.shape[2:], recipe) for one in maps]).to(z)
                 expect_masks(masks, (variants, *z.shape[2:]), i)
@@ -505,8 +453,8 @@ def expect_masks(masks: Tensor, shape: tuple[int, ...], i: int) -> None:
     if masks.shape[1:] != shape:
         raise ValueError(f"make_masks gave masks of shape {list(masks.shape[1:])}, and {shape[0]} variants need "
                          f"{list(shape)}, the base variant's first")
-    if masks.device.type == "cpu" and not masks.sum(dim=1).all():                   # a GPU would have to be waited for
-        raise ValueError(f"make_masks left pixels without a variant at step {i}")
+    if masks.device.type == "cpu" and not (masks.sum(dim=1) > 0).all():             # a GPU would have to be waited for
+        raise ValueError(f"make_masks gave NaN or left pixels without a variant at step {i}")
 
 
 def expect_finite(finite: Sequence[Tensor]) -> None:

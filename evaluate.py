@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -38,7 +39,6 @@ from cli import (
     DTYPES,
     TOY,
     Parser,
-    changed,
     check_device,
     from_repository,
     is_embedded,
@@ -49,7 +49,8 @@ from cli import (
     settings_of,
     whole_numbers,
 )
-from clora import RECIPES, Plan, Recipe, Step, Subject
+from clora import Plan, Step, Subject
+from recipe import RECIPES, Recipe, changed
 from text import write_prompts
 from weights import find_lora, load_model, split_weight
 from weights.lora import printable
@@ -77,9 +78,10 @@ COLUMNS: dict[str, tuple[str, str, dict]] = {
 }
 DEFAULT = tuple(COLUMNS)
 CODE: list[str] = []                    # files of your own that an image depends on (examples/own_column.py)
-# the paper's recipe with one thing saved, and some together: what recipe fast was chosen from
+# the paper's recipe with one thing saved, and some together: what recipe fast, 20 steps and 5 repeats, was chosen from
 TWENTY: dict = {"steps": 20, "scheduler": "dpm++", "update_until": 9, "refine_at": (0, 4, 8)}
 COLUMNS |= {
+    "switch-5": ("switch", "paper", {"switch_every": 5}),                   # as its authors' code is set
     "refine-5": ("clora", "paper", {"refine_steps": 5}),
     "refine-0": ("clora", "paper", {"refine_steps": 0}),
     "refine-stop": ("clora", "paper", {"refine_stop": 0.01}),
@@ -90,7 +92,7 @@ COLUMNS |= {
     "refine-0-base": ("clora", "paper", {"refine_steps": 0, "uncond_from": "base"}),
     "every-2-base": ("clora", "paper", {"refine_steps": 0, "update_every": 2, "uncond_from": "base"}),
     "dpm-20": ("clora", "paper", TWENTY),
-    "dpm-20-refine-5": ("clora", "paper", TWENTY | {"refine_steps": 5}),
+    "dpm-20-refine-0": ("clora", "paper", TWENTY | {"refine_steps": 0}),
     "dpm-20-refine-5-base": ("clora", "paper", TWENTY | {"refine_steps": 5, "uncond_from": "base"}),
     "dpm-20-refine-0-base": ("clora", "paper", TWENTY | {"refine_steps": 0, "uncond_from": "base"}),
     "dpm-12-refine-5-base": ("clora", "paper", {"steps": 12, "scheduler": "dpm++", "update_until": 5, "refine_at": (0, 2, 5),
@@ -101,6 +103,7 @@ COLUMNS |= {
     "noise-before": ("clora", "paper", {"noise_from": "before"}),
     "strict-mask": ("clora", "paper", {"mask_ties": False}),
     "update-49": ("clora", "paper", {"update_until": 49}),
+    "clora-release-100": ("clora", "release", {}),                          # the recipe as it is
     "steps-100": ("clora", "paper", {"steps": 100, "update_until": 49}),
     "guidance-2.7": ("clora", "paper", {"guidance": 2.0 * 10 / 7.5}),       # the embedded model's 2, raised as 7.5 is to 10
 }
@@ -201,7 +204,7 @@ def read_sets(path: Path) -> list[dict]:
             except ValueError as error:
                 raise ValueError(f"{path}: set {number}: {error}") from None
             if not found:
-                raise ValueError(f"{path}: set {number}: {file} does not exist")
+                raise ValueError(f"{path}: set {number}: {file} does not exist (relative paths begin at the current folder)")
             there.add(name)
         folders = one.get("references", [])
         if "references" in one and not (isinstance(folders, list) and len(folders) == len(one["loras"])):
@@ -436,9 +439,9 @@ def digest(value) -> str:
 def code_digest() -> str:
     """Of what an image and its verdict depend on beside model, LoRAs and settings: this program and the judge."""
     here = Path(__file__).parent
-    names = (*CODE, "attention.py", "clora.py", "evaluate.py", "lora.py", "scheduler.py", "text.py", "unet.py", "vae.py",
-             "weights/__init__.py", "weights/lora.py", "weights/names.py", "weights/toy/judge.py", "weights/toy/renderer.py",
-             "weights/toy/judge/config.json", "weights/toy/judge/model.safetensors")
+    names = (*CODE, "attention.py", "clora.py", "evaluate.py", "lora.py", "recipe.py", "scheduler.py", "text.py", "unet.py",
+             "vae.py", "weights/__init__.py", "weights/lora.py", "weights/names.py", "weights/toy/judge.py",
+             "weights/toy/renderer.py", "weights/toy/judge/config.json", "weights/toy/judge/model.safetensors")
     return digest([hashlib.sha256((here / name).read_bytes()).hexdigest() for name in names])
 
 
@@ -530,6 +533,7 @@ def bootstrap(values: np.ndarray, groups: np.ndarray, rounds: int = 2000) -> tup
     return float(values.mean()), float(low), float(high)
 
 
+FEW = 5             # combinations of LoRAs from which on there are intervals; drawn from fewer they would be far too narrow
 # figures of the table: heading, key of a result, how it is written
 FIGURES = (("success", "success", "{:.0%}"), ("a subject is missing or looks wrong", "missing", "{:.0%}"),
            ("an object is absent", "absent", "{:.0%}"), ("a texture leaks", "leak", "{:.0%}"),
@@ -586,6 +590,8 @@ def table(lines: list[dict], columns: list[str]) -> str:
     def written(form: str, values: list[float], groups: list[int]) -> str:
         if not values:
             return ""
+        if len(set(groups)) < FEW:
+            return form.format(np.mean(values))
         figures = bootstrap(np.array(values, float), np.array(groups))
         if len(set(values)) == 1:                       # nothing to draw from
             if not all(isinstance(value, int) for value in values):         # verdicts, and their differences, are
@@ -612,14 +618,17 @@ def table(lines: list[dict], columns: list[str]) -> str:
         count = f"{len(done)} of {asked}" if asked > len(done) else str(len(done))          # the others failed
         rows.append(f"| {column} | {count} | {' | '.join(cells)} |")
     groups = {group_of(line) for made in by.values() for line in made.values()}
-    notes.insert(0, f"In brackets: 95 % intervals over {len(groups)} combinations of LoRAs and the images of each.")
+    notes.insert(0, f"In brackets: 95 % intervals over {len(groups)} combinations of LoRAs and the images of each."
+                 if len(groups) >= FEW else
+                 f"No intervals: {FEW} combinations of LoRAs are needed for them, and there are {len(groups)}.")
     return "\n".join([*rows, "", *notes])
 
 
 def grid(folder: Path, columns: list[str], seeds: tuple[int, ...], prompt: str) -> Image.Image:
     """The first set: methods in columns, seeds in rows."""
     side, top = 128, 40
-    sheet = Image.new("RGB", (side * len(columns), side * len(seeds) + top), (255, 255, 255))
+    width = max(side * len(columns), math.ceil(ImageFont.load_default().getlength(prompt)) + 8)
+    sheet = Image.new("RGB", (width, side * len(seeds) + top), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
     draw.text((4, 4), prompt, fill=(0, 0, 0))
     for x, column in enumerate(columns):
@@ -656,7 +665,7 @@ def curve(lines: list[dict], columns: list[str]) -> Image.Image:
     draw.text((left + 4, top - 4), "images that are a success", fill=(60, 60, 60), font=font, anchor="ls")
     labels: list[tuple[float, float, float]] = []       # names as drawn: left, right, middle
     for n, (column, (seconds, (mean, low, high))) in enumerate(points.items()):
-        colour = report.COLOURS[n % len(report.COLOURS)]
+        colour = tuple(part // (1 + n // len(report.COLOURS)) for part in report.COLOURS[n % len(report.COLOURS)])
         x, y = at(seconds, mean)
         draw.line((*at(seconds, low), *at(seconds, high)), fill=colour, width=2)
         draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
@@ -676,6 +685,8 @@ def evaluate(args: argparse.Namespace, make: Callable[[argparse.Namespace], Make
         args.batch = 3 if is_embedded(args.model) else 1
     if args.curve and Path(args.curve).suffix.lower() != ".png":
         raise ValueError(f"--curve {args.curve} must end in .png")
+    if args.curve and not is_embedded(args.model):
+        raise ValueError("--curve shows the share of pictures that are right, and only the embedded model's have a judge")
     if args.batch < 1:
         raise ValueError(f"--batch is {args.batch}; it must be at least 1")
     if not columns or not args.seeds:
@@ -700,7 +711,7 @@ def evaluate(args: argparse.Namespace, make: Callable[[argparse.Namespace], Make
     try:
         changes = json.loads(args.set or "{}")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"--set cannot be read: {error}") from None
+        raise ValueError(f"--set {args.set} is no JSON object like '{{\"alpha\": 2}}' ({error})") from None
     changed(Recipe(), changes, "--set")
     sets = read_sets(Path(args.sets)) if args.sets else embedded_sets(args.split, args.prompts, args.subjects)
     if args.style:
@@ -752,7 +763,7 @@ def sweep(args: argparse.Namespace, maker: Maker, recipes: dict[str, Recipe], ch
     common = {"code": code_digest(), "model": maker.model.hash, "vae": maker.model.vae_hash, "sets": digest(named),
               "loras": digest(maker.hashes(sets)), "changes": changes,
               "dtype": str(DTYPES[args.dtype]).removeprefix("torch."), "device": torch.device(args.device).type,
-              "batch": args.batch, "scores": maker.scores,
+              "batch": args.batch, "low_memory": args.low_memory, "scores": maker.scores,
               "references": None if args.no_scores else references_digest(sets)}
     stamps = {column: {**common, "recipe": digest(dataclasses.asdict(recipe))} for column, recipe in recipes.items()}
     files = [sorted(maker.lora(split_weight(file)[0]).sha256 for file, _ in one["loras"]) for one in sets]
@@ -764,8 +775,10 @@ def sweep(args: argparse.Namespace, maker: Maker, recipes: dict[str, Recipe], ch
         for line in lines:
             stamp = stamps.get(line["column"], common)
             if different := [key for key in stamp if line["stamp"].get(key) != stamp[key]]:
-                raise ValueError(f"{folder} holds results made with another {different[0]} "
-                                 f"({line['stamp'].get(different[0])}, now {stamp[different[0]]}); give another --out")
+                then, now = ("none" if (value := of.get(different[0])) is None else value for of in (line["stamp"], stamp))
+                same = "the same --dino, --clip and --no-scores, or " if different[0] == "scores" else ""
+                raise ValueError(f"{folder} holds results made with another {different[0]} ({then}, now {now}); "
+                                 f"give {same}another --out")
         return lines
     lines = results()
     done = {image_of(line) for line in lines if "error" not in line}
@@ -816,6 +829,8 @@ def sweep(args: argparse.Namespace, maker: Maker, recipes: dict[str, Recipe], ch
             with report.in_place(Path(args.curve)) as path:
                 curve(lines, columns).save(path)
         print(text)
+        if not args.quiet:
+            print(f"{folder} has the images, grid.png and table.md", file=sys.stderr)
         code = 1 if lines and all("error" in line for line in lines) else 0
         if count := len(wanted - {image_of(line) for line in lines}):
             print(f"{count} of {len(wanted)} images are still to be made; the table is of the others", file=sys.stderr)
@@ -824,13 +839,14 @@ def sweep(args: argparse.Namespace, maker: Maker, recipes: dict[str, Recipe], ch
 
 def make_parser() -> Parser:
     parser = Parser(prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(TOY))
+    parser.add_argument("--model", default=str(TOY), metavar="MODEL", help="as in clora.py (default: the embedded model)")
     parser.add_argument("--vae", metavar="VAE", help="as in clora.py")
     parser.add_argument("--sets", metavar="FILE.json", help="prompts and LoRAs (default: those of the embedded world)")
     parser.add_argument("--split", choices=("tune", "test", "final"), default="test",
-                        help="which prompts of the embedded world: to choose settings by, to develop with, or neither")
+                        help="which prompts of the embedded world: to choose settings by, to develop with, or neither "
+                        "(default: test)")
     parser.add_argument("--prompts", type=int, default=6, help="how many prompts of the embedded world (default: 6)")
-    parser.add_argument("--subjects", type=int, choices=(1, 2, 3), default=2, help="subjects in each of them")
+    parser.add_argument("--subjects", type=int, choices=(1, 2, 3), default=2, help="subjects in each of them (default: 2)")
     parser.add_argument("--style", metavar="FILE[:WEIGHT]", help="a style LoRA on every image")
     parser.add_argument("--seeds", type=whole_numbers, default=(0, 1, 2), metavar="0-9", help="default: 0-2")
     parser.add_argument("--batch", type=int, metavar="N",
@@ -847,8 +863,10 @@ def make_parser() -> Parser:
     parser.add_argument("--clip", metavar="MODEL", help="folder or hub id (default: openai/clip-vit-base-patch32; with the "
                         "embedded model its own)")
     parser.add_argument("--no-scores", action="store_true", help="no DINO and CLIP scores")
-    parser.add_argument("--out", default="runs/evaluate", metavar="FOLDER")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", default="runs/evaluate", metavar="FOLDER",
+                        help="folder of the results and the images (default: runs/evaluate)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on CUDA, float32 on the CPU")
     parser.add_argument("--quiet", action="store_true")
     return parser
@@ -857,7 +875,7 @@ def make_parser() -> Parser:
 def main(argv: Sequence[str] | None = None, make: Callable[[argparse.Namespace], Maker] | None = None) -> int:
     """make: a Maker of your own (examples/own_column.py).
 
-    -> exit code: 0, 1 when no image could be made, 2 for bad input, 130 when interrupted.
+    -> exit code: 0, 1 when no image could be made or the GPU failed, 2 for bad input, 130 when interrupted.
     """
     keep_freed_memory()
     try:
@@ -865,6 +883,10 @@ def main(argv: Sequence[str] | None = None, make: Callable[[argparse.Namespace],
     except (ValueError, OSError) as error:
         print(f"evaluate: {printable(str(error), 1000)}", file=sys.stderr)
         return 2
+    except getattr(torch, "AcceleratorError", ()) as error:
+        reason = printable(str(error).splitlines()[0], 300)
+        print(f"evaluate: the GPU failed ({reason}); started again, it goes on where it was", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nevaluate: interrupted; started again, it goes on where it was", file=sys.stderr)
         return 130

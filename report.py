@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageEr
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from clora import Plan, Step, Subject, decode, rescale
+from clora import Plan, Step, Subject, decode, divide, rescale
 from weights import Model
 from weights.lora import is_stream
 
@@ -130,19 +130,26 @@ def heat(values: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(t, np.linspace(0, 1, len(stops)), stops[:, c]) for c in range(3)], -1).astype(np.uint8)
 
 
+def subject_map(maps: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+    """Where a subject's words look, as its mask is made of it: the highest of their maps [m, n, T], each as a share of its
+    own maximum -> [m, n]. Pixels at the threshold or above are the mask, before morphology."""
+    own = maps[..., list(tokens)].float()
+    return divide(own, own.amax((0, 1))).amax(-1)
+
+
 def panel(result: np.ndarray, merged: np.ndarray, step: Step, trigger_tokens: Sequence[tuple[int, ...]],
           subjects: Sequence[Subject], masked: bool = True, side: int = 256) -> np.ndarray:
     """One picture that explains a run: per subject its map and mask at `step`, then the result beside plain merging.
 
     result, merged: uint8 [H, W, 3]; trigger_tokens: of every subject; masked: whether the step has masks yet.
-    -> uint8 [side + label, ..., 3].
+    Eight tiles stand in a row. -> uint8 [rows * (label + side), ..., 3].
     """
     assert step.maps is not None and step.masks is not None
     tiles, labels = [], []
     picture = _tile(result, side, smooth=True)
     grey = picture.mean(-1, keepdims=True) * 0.6 + 80
     for k, (subject, tokens) in enumerate(zip(subjects, trigger_tokens)):
-        attention = step.maps[0, k + 1][:, :, list(tokens)].mean(-1).float().cpu().numpy()         # [m, n]
+        attention = subject_map(step.maps[0, k + 1], tokens).cpu().numpy()              # [m, n]
         tiles.append(_tile(heat(attention), side, smooth=True))
         labels.append(f'map of "{subject.trigger}"')
         mask = _tile((step.masks[0, k + 1].cpu().numpy() * 255).astype(np.uint8)[..., None].repeat(3, -1), side) > 127
@@ -151,16 +158,26 @@ def panel(result: np.ndarray, merged: np.ndarray, step: Step, trigger_tokens: Se
         labels.append(f"its mask: {mask.mean():.0%}" if masked else "no masks at this step")
     tiles += [picture, _tile(merged, side, smooth=True)]
     plain = all(subject.weight is None for subject in subjects)
-    labels += ["CLoRA", f"merged, each at 1/{len(subjects)}" if plain else "merged, at the given weights"]
-    gap, strip = 8, 26
-    width = sum(tile.shape[1] for tile in tiles) + gap * (len(tiles) + 1)
-    sheet = Image.new("RGB", (width, side + strip + gap), (255, 255, 255))
-    draw, font, x = ImageDraw.Draw(sheet), ImageFont.load_default(15), gap
-    for tile, label in zip(tiles, labels):
-        sheet.paste(Image.fromarray(tile), (x, strip))
-        draw.text((x, 5), label, fill=(30, 30, 30), font=font)
-        x += tile.shape[1] + gap
+    weights = f"each at 1/{len(subjects)}" if plain else f"at {', '.join(f'{w:.2g}' for w in merging_weights(subjects))}"
+    labels += ["CLoRA", f"merged, {weights}"]
+    gap, strip, a_row, font = 8, 26, 8, ImageFont.load_default(15)
+    rows = [list(zip(tiles, labels))[n:n + a_row] for n in range(0, len(tiles), a_row)]
+    widths = [[max(tile.shape[1], math.ceil(font.getlength(label))) for tile, label in row] for row in rows]
+    width = max(sum(row) + gap * (len(row) + 1) for row in widths)
+    sheet = Image.new("RGB", (width, (side + strip + gap) * len(rows)), (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    for r, row in enumerate(rows):
+        x, y = gap, r * (side + strip + gap)
+        for (tile, label), wide in zip(row, widths[r]):
+            sheet.paste(Image.fromarray(tile), (x, y + strip))
+            draw.text((x, y + 5), label, fill=(30, 30, 30), font=font)
+            x += wide + gap
     return np.asarray(sheet)
+
+
+def merging_weights(subjects: Sequence[Subject]) -> list[float]:
+    """What method merge adds the LoRAs with."""
+    return [1 / len(subjects) if subject.weight is None else subject.weight for subject in subjects]
 
 
 def estimates(model: Model, steps: Sequence[Step], low_memory: bool = False) -> dict[int, np.ndarray]:
@@ -189,12 +206,12 @@ def _data_uri(picture: np.ndarray, side: int | None = None, **options) -> str:
 def _step_facts(step: Step, plan: Plan) -> dict:
     """What the page shows of a step, as JSON has it. Two fields are bytes in base64:
 
-    maps [V, K, m, n], the mean over a subject's words in a variant, each scaled to 0..255 by its own minimum and maximum;
+    maps [V, K, m, n], the `subject_map` of a subject's words in a variant, scaled to 0..255 by its minimum and maximum;
     masks [h, w], bit k set where subject k draws.
     """
     assert step.maps is not None and step.masks is not None
     masks = step.masks[0].float().cpu()                                             # [V, h, w]
-    maps = torch.stack([torch.stack([step.maps[0, v][..., [token for u, token in concept if u == v]].float().mean(-1)
+    maps = torch.stack([torch.stack([subject_map(step.maps[0, v], [token for u, token in concept if u == v])
                                      for concept in plan.concepts]) for v in range(len(masks))])      # [V, K, m, n]
     bits = sum(mask.to(torch.uint8) << k for k, mask in enumerate(masks[1:]))
     return {"timestep": step.timestep, "losses": [loss.item() for loss in step.losses],
@@ -213,8 +230,9 @@ def save_page(path: Path, results: dict[str, np.ndarray], pictures: dict[int, np
     first, result = steps[0], next(iter(results.values()))
     assert first.maps is not None and first.masks is not None
     data = {"settings": settings, "prompts": plan.prompts, "height": result.shape[0], "width": result.shape[1],
-            "subjects": [{"word": subject.word, "trigger": subject.trigger, "lora": subject.lora.name, "colour": colour}
-                         for subject, colour in zip(subjects, COLOURS)],
+            "subjects": [{"word": subject.word, "trigger": subject.trigger, "lora": subject.lora.name, "colour": colour,
+                          "merged": f"{weight:.2g}"}
+                         for subject, colour, weight in zip(subjects, COLOURS, merging_weights(subjects))],
             "results": {method: _data_uri(picture, lossless=True) for method, picture in results.items()},
             "estimates": {index: _data_uri(picture, 256, quality=80) for index, picture in pictures.items()},
             "map_size": first.maps.shape[2:4], "mask_size": first.masks.shape[2:],

@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import report
-from clora import Recipe, Subject
+from clora import Subject
 from lora import LoRA
+from recipe import Recipe
 from weights import Model, hub_place, split_weight
 
 KEPT = ("model", "vae", "prompt", "negative", "method", "seed", "height", "width", "dtype", "device", "low_memory",
@@ -27,7 +28,8 @@ def recall(argv: Sequence[str], image: Path, make_parser: Callable[..., argparse
 
     Beside what argv gives: `recorded` has the recipe's values (none if argv names another --recipe), `chunks` the settings,
     `given` what argv puts in the place of the image's files: "model", "vae", "style", "subject ball".
-    A --lora of argv takes the place of the image's for the same word. ValueError: settings that cannot be used.
+    A --lora of argv takes the place of the image's for the same word, and with '' for a file there is none for it any more.
+    ValueError: settings that cannot be used.
     """
     chunks = report.load_settings(image)
     try:
@@ -59,9 +61,11 @@ def recall(argv: Sequence[str], image: Path, make_parser: Callable[..., argparse
     if args.style is not None and args.style == then.style:
         args.style = locate(then.style, image, "--style FILE")
     recorded = {word_of(words): (file, words) for file, words in then.lora or []}
+    if extra := [word for word, (file, _) in given.items() if not file and word not in recorded]:
+        raise ValueError(f'{image} has no LoRA for "{extra[0]}" that could be left out')
     loras = {word: given.get(word) or [locate(file, image, f'--lora FILE "{words}"'), words]
              for word, (file, words) in recorded.items()}
-    args.lora = list({**loras, **given}.values())                   # in the image's order
+    args.lora = [pair for pair in {**loras, **given}.values() if pair[0]]               # in the image's order
     return args
 
 

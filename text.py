@@ -74,7 +74,9 @@ class TextEncoder:
         written = len(re.findall(_whole(phrase), text, re.IGNORECASE)) if phrase.strip() else 0
         if not found:
             if written or phrase.strip() and phrase.lower() in prompt.lower():
-                raise ValueError(f'"{phrase}" is no word of its own in the prompt "{prompt}"; write spaces around it')
+                longer = re.search(rf"\w*{_spelled(phrase)}\w*", text, re.IGNORECASE)
+                name = f'name "{longer[0]}" or ' if longer and longer[0].lower() != phrase.lower() else ""
+                raise ValueError(f'"{phrase}" is no word of its own in the prompt "{prompt}"; {name}write spaces around it')
             raise ValueError(f'"{phrase}" is not in the prompt "{prompt}"; name the subject as the prompt does')
         if (times := max(len(found), written)) > 1:
             raise ValueError(f'"{phrase}" occurs {times} times in the prompt "{prompt}"; a subject must occur once')

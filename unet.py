@@ -39,7 +39,7 @@ class UNetConfig:
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     sample_size: int = 64
-    mid_block: bool = True              # small models without it: tiny-sd, BK-SDM
+    mid_block: bool = True              # False in small models: tiny-sd, BK-SDM
 
     # Options of the diffusers class that SD 1.x leaves at one value: {key: (allowed values, what else it would be)}
     FIXED = {
@@ -55,6 +55,7 @@ class UNetConfig:
         "resnet_time_scale_shift": (("default",), "another family"),
         "mid_block_type": (("UNetMidBlock2DCrossAttn", None), "another family"),
         "attention_type": (("default",), "GLIGEN"),
+        "time_embedding_act_fn": ((None,), "another family"), "timestep_post_act": ((None,), "another family"),
         "conv_in_kernel": ((3,), "another family"), "conv_out_kernel": ((3,), "another family"),
         "downsample_padding": ((1,), "another family"), "mid_block_scale_factor": ((1,), "another family"),
         "flip_sin_to_cos": ((True,), "another family"), "freq_shift": ((0,), "another family"),
@@ -224,7 +225,7 @@ class UNet(nn.Module):
         latents [B, 4, h, w], timestep int or [B], context [B, T, D] or of text_keys, adapters [B, A] strengths or None
         -> (noise [B, 4, h, w], {layer name: probs [B, H, N, T] in float32, N = h' * w' of that layer}).
         With `stop_after_maps` nothing after the last wanted map is computed and the noise is None. With `checkpointing`
-        a backward pass computes every layer again instead of keeping what it needs (arXiv 1604.06174).
+        a backward pass computes resnets and transformers again instead of keeping what it needs (arXiv 1604.06174).
         Raises ValueError for a name in `maps_at` that is no cross-attention layer.
         """
         maps: dict[str, Tensor] = {}
@@ -236,7 +237,7 @@ class UNet(nn.Module):
 
         def attend(name: str, attention: Transformer2DModel, x: Tensor) -> Tensor:
             wanted = name in maps_at
-            only_map = stop_after_maps and wanted and len(maps) == len(maps_at) - 1
+            only_map = stop_after_maps and wanted and len(maps) == len({*maps_at}) - 1
             keys = context.layers[name] if isinstance(context, TextKeys) else attention.text_keys(context, adapters)
             x, probs = call(attention, x, keys, adapters, wanted, only_map)
             if wanted:
@@ -244,7 +245,7 @@ class UNet(nn.Module):
             return x
 
         def finished() -> bool:
-            return stop_after_maps and len(maps) == len(maps_at)
+            return stop_after_maps and len(maps) == len({*maps_at})
 
         # 1. time
         device = latents.device

@@ -59,10 +59,15 @@ def norm_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor, bands: int = 1) ->
     if bands == 1:
         return conv(F.silu(norm(x), inplace=True))              # fresh memory costs time on a CPU
     assert norm.weight is not None and norm.bias is not None
-    variance, mean = torch.var_mean(x.unflatten(1, (norm.num_groups, -1)), dim=(2, 3, 4), correction=0)     # [B, G]
+    groups = x.unflatten(1, (norm.num_groups, -1)).unbind(1)                                # G of [B, C/G, h, w]
+    # in float32 whatever the precision, as GroupNorm computes inside; a group at a time, as all would be a second picture
+    variance, mean = (torch.stack(part, dim=1) for part in zip(*(
+        torch.var_mean(group.to(torch.promote_types(x.dtype, torch.float32)), dim=(1, 2, 3), correction=0)
+        for group in groups)))                                                              # [B, G]
     scale = (variance + norm.eps).rsqrt().repeat_interleave(x.shape[1] // norm.num_groups, dim=1) * norm.weight     # [B, C]
     shift = norm.bias - mean.repeat_interleave(x.shape[1] // norm.num_groups, dim=1) * scale
-    return conv_in_bands(conv, x, bands, lambda band: F.silu(band * scale[:, :, None, None] + shift[:, :, None, None]))
+    return conv_in_bands(conv, x, bands, lambda band: F.silu(
+        band * scale[:, :, None, None] + shift[:, :, None, None]).to(x.dtype))
 
 
 def conv_in_bands(conv: nn.Conv2d, x: Tensor, bands: int, before: Callable[[Tensor], Tensor], factor: int = 1) -> Tensor:

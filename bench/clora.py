@@ -19,33 +19,29 @@ Prints a Markdown table and writes bench/results.json.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import json
 import platform
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)                             # else "import clora" would find this very file
 sys.path.append(str(ROOT / "bench"))
-from loras import make_loras  # noqa: E402
+from common import DTYPES, make_loras, matrix_rate, operations, seconds  # noqa: E402
 
 import clora  # noqa: E402
 import lora  # noqa: E402
+from recipe import RECIPES, Recipe  # noqa: E402
 from unet import UNet, UNetConfig  # noqa: E402
 
-PAPER, FAST = clora.RECIPES["paper"], clora.RECIPES["fast"]
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PAPER, FAST = RECIPES["paper"], RECIPES["fast"]
 GIB = 2 ** 30
 
 
@@ -153,40 +149,11 @@ def check(made: dict, latents: Tensor, k: int) -> None:
             raise SystemExit(f"{name} of ours and the peer differ by {error:.1e}, more than {tolerance}: nothing was timed")
 
 
-def seconds(call, *inputs) -> float:
-    """One call, by device events on CUDA."""
-    if inputs[0].is_cuda:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call(*inputs)
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1000
-    begin = time.perf_counter()
-    call(*inputs)
-    return time.perf_counter() - begin
-
-
-def count_passes(recipe: clora.Recipe) -> int:
+def count_passes(recipe: Recipe) -> int:
     """Guidance passes of an image: updates and refinements (all of them: a stop may save some)."""
     updated = [i for i in range(recipe.steps) if i <= recipe.update_until and (i in recipe.refine_at
                                                                                or i % recipe.update_every == 0)]
     return len(updated) + recipe.refine_steps * len(set(updated) & set(recipe.refine_at))
-
-
-def operations(call, *inputs) -> int:
-    """Floating point operations of one call: two for each multiplication with its addition."""
-    # the counter does not know the CPU's fused attention, but the matrix products that it stands for
-    backend = contextlib.nullcontext() if inputs[0].is_cuda else sdpa_kernel(SDPBackend.MATH)
-    with FlopCounterMode(display=False) as counter, backend:
-        call(*inputs)
-    return counter.get_total_flops()
-
-
-def matrix_rate(options: argparse.Namespace) -> float:
-    """Operations a second in a product of two 4096 x 4096 matrices, the best of ten."""
-    a = torch.randn(4096, 4096, device=options.device).to(DTYPES[options.dtype])
-    return 2 * 4096 ** 3 / min(seconds(torch.mm, a, a) for _ in range(10))
 
 
 def time_both(k: int, side: int, options: argparse.Namespace) -> tuple[dict, dict]:
@@ -274,7 +241,7 @@ def main(options: argparse.Namespace) -> None:
     if options.measure:
         who, what, k, side = options.measure
         return measure(who, what, int(k), int(side), options)
-    rows, results, rate = [], [], matrix_rate(options)
+    rows, results, rate = [], [], matrix_rate(options.device, DTYPES[options.dtype])
     facts = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if options.device == "cuda" else
              platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "dtype": options.dtype,
              "low_memory": options.low_memory, "batch": options.batch, "compile": options.compile,

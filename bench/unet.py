@@ -2,7 +2,7 @@
 
 Same random weights, inputs and threads; the two alternate in one process; diffusers uses its own default, PyTorch's
 fused attention, and on a CPU weights as they lie in the file (--channels-last: in the layout of ours). Prints a Markdown
-table. On CUDA the clock is read when the device has ended.
+table; `share` is ours, as in bench/clora.py. On CUDA it is timed by device events.
 
 `--lora` times our UNet with a LoRA instead: its factors applied in every layer, as clora.py does it, against a UNet with
 the LoRA merged into its weights, and how long such a merging takes.
@@ -22,13 +22,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)                             # else "import unet" would find this very file
 sys.path.append(str(ROOT / "bench"))
-from loras import make_loras  # noqa: E402
+from common import DTYPES, make_loras, matrix_rate, operations, seconds  # noqa: E402
 
 import lora  # noqa: E402
 from unet import UNet, UNetConfig  # noqa: E402
 from vae import VAE, VAEConfig  # noqa: E402
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def pair(theirs: torch.nn.Module, make, options: argparse.Namespace) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -42,18 +40,13 @@ def pair(theirs: torch.nn.Module, make, options: argparse.Namespace) -> tuple[to
     return ours.requires_grad_(False).to(memory_format=torch.channels_last), theirs         # as load_model has it
 
 
-def alternate(calls: dict, runs: int, cuda: bool) -> dict[str, list[float]]:
+def alternate(calls: dict, latents: torch.Tensor, runs: int) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in calls}
     for run in range(runs + 1):
         for name, call in calls.items():
-            if cuda:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            call()
-            if cuda:
-                torch.cuda.synchronize()
+            took = seconds(call, latents)
             if run:                                     # the first is for warming up
-                times[name].append(time.perf_counter() - start)
+                times[name].append(took)
     return times
 
 
@@ -63,17 +56,20 @@ def main(options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     device, dtype = options.device, DTYPES[options.dtype]
     names = ("applied", "merged") if options.lora else ("ours", "diffusers")
-    print(f"| what | size | rows | {names[0]}, s | {names[1]}, s | ratio |\n|---|---|---|---|---|---|")
+    rate = matrix_rate(device, dtype)
+    print(f"| what | size | rows | {names[0]}, s | {names[1]}, s | ratio | share |\n|---|---|---|---|---|---|---|")
 
-    def report(what: str, side: int, rows: int, calls: dict) -> None:
-        out = [call() for call in calls.values()]
+    def report(what: str, side: int, latents: torch.Tensor, calls: dict) -> None:
+        out = [call(latents) for call in calls.values()]
         error = ((out[0] - out[1]).float().norm() / out[1].float().norm()).item()
         if error > (1e-4 if dtype == torch.float32 else 5e-2):
             raise SystemExit(f"{what}: the two differ by {error:.1e}; nothing was timed")
-        times = alternate(calls, options.runs, device == "cuda")
+        times = alternate(calls, latents, options.runs)
+        share = operations(calls[names[0]], latents) / statistics.median(times[names[0]]) / rate
         middle = [statistics.median(values) for values in times.values()]
         cells = [f"{statistics.median(v):.3f} ({min(v):.3f} to {max(v):.3f})" for v in times.values()]
-        print(f"| {what} | {side}x{side} | {rows} | {' | '.join(cells)} | {middle[0] / middle[1]:.3f} |", flush=True)
+        cells += [f"{middle[0] / middle[1]:.3f}", f"{share:.0%}"]
+        print(f"| {what} | {side}x{side} | {len(latents)} | {' | '.join(cells)} |", flush=True)
 
     theirs = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8,
                                             block_out_channels=(320, 640, 1280, 1280))
@@ -93,12 +89,13 @@ def main(options: argparse.Namespace) -> None:
             latents = torch.randn(rows, 4, side // 8, side // 8, device=device, dtype=dtype)
             context = torch.randn(rows, 77, 768, device=device, dtype=dtype)
             if options.lora:
-                report("UNet, LoRA", side, rows, {
-                    "applied": lambda: ours(latents, 500, context, adapters=context.new_ones(rows, 1))[0],  # noqa: B023
-                    "merged": lambda: merged(latents, 500, context)[0]})                                    # noqa: B023
+                strengths = context.new_ones(rows, 1)
+                report("UNet, LoRA", side, latents, {
+                    "applied": lambda x: ours(x, 500, context, adapters=strengths)[0],              # noqa: B023
+                    "merged": lambda x: merged(x, 500, context)[0]})                                # noqa: B023
                 continue
-            report("UNet", side, rows, {"ours": lambda: ours(latents, 500, context)[0],                     # noqa: B023
-                                        "diffusers": lambda: theirs(latents, 500, context).sample})         # noqa: B023
+            report("UNet", side, latents, {"ours": lambda x: ours(x, 500, context)[0],              # noqa: B023
+                                           "diffusers": lambda x: theirs(x, 500, context).sample})  # noqa: B023
     if options.lora:
         return print(f"\nmerging the LoRA into the weights took {merging:.2f} s")
     del ours, theirs
@@ -108,8 +105,7 @@ def main(options: argparse.Namespace) -> None:
     ours, theirs = pair(theirs, lambda: VAE(VAEConfig()), options)
     for side in options.sizes:
         latents = torch.randn(1, 4, side // 8, side // 8, device=device, dtype=dtype)
-        report("VAE decode", side, 1, {"ours": lambda: ours.decode(latents),                                # noqa: B023
-                                       "diffusers": lambda: theirs.decode(latents).sample})                 # noqa: B023
+        report("VAE decode", side, latents, {"ours": ours.decode, "diffusers": lambda x: theirs.decode(x).sample})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from clora import Step, Subject, compose, decode, initial_noise, make_plan, recipe_for
-from report import heat
+from report import heat, subject_map
 from weights import load_model
 
 TOY = Path(__file__).parents[1] / "weights/toy"
@@ -36,7 +36,7 @@ def main(steps: int = 50, out: str = "out/filmstrip.png") -> list[Step]:
         assert step.maps is not None and step.masks is not None
         picture = decode(model, step.x0)[0].numpy()                                 # [128, 128, 3]
         places = enumerate(plan.trigger_tokens, start=1)
-        maps = [step.maps[0, v][..., list(tokens)].mean(-1) for v, tokens in places]          # [8, 8] each
+        maps = [subject_map(step.maps[0, v], tokens) for v, tokens in places]                 # [8, 8] each
         masks = step.masks[0, 1:].numpy().astype(bool)                              # [2, 16, 16]
         colours = np.full((*masks.shape[1:], 3), 200, np.uint8)
         colours[masks[0]], colours[masks[1]], colours[masks.all(0)] = (230, 60, 50), (40, 110, 230), (150, 70, 200)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import cli
 import clora
 import report
+from recipe import Recipe
 from unet import UNet
 from weights import load_model
 
@@ -238,7 +239,7 @@ def test_lcm(flags, tmp_path):
 def test_recipe_flags_cover_every_setting():
     """The flags and their help come from the dataclass; --help says what both recipes take."""
     text = cli.make_parser().format_help()
-    for name in clora.Recipe.__dataclass_fields__:
+    for name in Recipe.__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in text
     assert re.search(r"paper: 50,\s+release: 100,\s+fast: 20", text)
 
@@ -258,6 +259,9 @@ def test_recipe_flags_cover_every_setting():
     (["--lora", str(GOLDEN / "README.md"), "dog"], "README.md"), (["--alpha", "nan"], "--alpha"),
     (["--method", "merge", "--panel"], "--panel"), (["--seed", "3", "--seeds", "5"], "not allowed with"),
     (["--prompt", "a cat2 and a dog"], '"cat" is no word of its own'),
+    (["--style", STYLE, "--style", CAT], "--style is given twice"), (["--lora", CAT], "write --lora FILE SUBJECT=TRIGGER"),
+    (["--seed", "0-3"], "several are --seeds"), (["--lora", f"{CAT}:0,8", "fox"], '"0,8" is no weight; write it as'),
+    (["--prompt", "two cats and a dog"], 'name "cats" or write spaces around it'),
     (["--batch", "0"], "--batch"), (["--uncond-from", "base", "--maps-from", "both"], "--maps-from")])
 def test_bad_input_is_one_line_and_exit_code_2(arguments, word, tmp_path, capsys):
     assert word in refused(capsys, tmp_path / "out", *TWO, *arguments)
@@ -284,6 +288,9 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, word, tmp_path, capsys
     (["--prompt", "a sks cat and a dog", "--method", "base"], "--lora is for other methods"),
     (["--prompt", "a (cat:1.3) and a dog"], '"(cat:1.3)" is read as plain words'),
     (["--negative", "bad <LoRA:x:1>"], '"<LoRA:x:1>" is read'), (["--negative", "((ugly))"], '"((ugly))" is read'),
+    (["--negative", "[deformed | disfigured]"], '"[deformed | disfigured]" is read'),
+    (["--negative", "embedding:easy"], '"embedding:easy" is read'), (["--prompt", "a cat BREAK a dog"], '"BREAK" is read'),
+    (["--prompt", "a cat and a dog, [bold], break: a rest"], ""),
     (["--negative", "((a) red:1.3)"], '"red:1.3)" is read'), (["--negative", "(red:1.3 )"], '"(red:1.3 )" is read'),
     (["--negative", "late (at 8:30), (16:9), Psalm (119:105), [from 9:16], (very) late, (note: 2 of them)"], "")])
 def test_flags_that_change_nothing_are_named(arguments, word, tmp_path, capsys):
@@ -470,7 +477,8 @@ def test_out_of_memory_says_what_to_lower(error, tmp_path, capsys, monkeypatch):
 
 def test_a_prompt_that_is_too_long_warns(tmp_path, capsys):
     assert run(*TWO, "--prompt", "a cat and a dog " + "very " * 70 + "wonderful", out=tmp_path) == 0
-    assert "wonderful" in capsys.readouterr().err
+    line = capsys.readouterr().err.splitlines()[0]
+    assert 'wonderful", the end of "a cat and a dog very' in line
 
 
 def test_a_trigger_that_makes_a_prompt_too_long(tmp_path, capsys):

@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import clora
 import lora
-from clora import RECIPES, Recipe
+from attention import attention_probs
 from lora import LoRA, LoRALayer
+from recipe import RECIPES, Recipe
 from scheduler import make_scheduler
 from text import swap_words
 from unet import UNet, UNetConfig
@@ -355,9 +356,13 @@ def test_a_loss_and_masks_of_ones_own(low_memory):
     assert torch.equal(once.masks[0], everything_to[0]) and not torch.allclose(once.noise, other.noise)
     with pytest.raises(ValueError, match=r"\[2, 6, 8\], and 3 variants need \[3, 6, 8\]"):
         list(clora.compose(model, plan, recipe, noise, None, low_memory, make_masks=lambda *_: torch.ones(2, 6, 8)))
-    masks_with_holes = torch.eye(6, 8).repeat(3, 1, 1)
-    with pytest.raises(ValueError, match="pixels without a variant at step 0"):
-        list(clora.compose(model, plan, recipe, noise, None, low_memory, make_masks=lambda *_: masks_with_holes))
+    for holes in (torch.eye(6, 8).repeat(3, 1, 1), torch.full((3, 6, 8), torch.nan)):
+        with pytest.raises(ValueError, match="NaN or left pixels without a variant at step 0"):
+            list(clora.compose(model, plan, recipe, noise, None, low_memory, make_masks=lambda *_, holes=holes: holes))
+    for wrong in (lambda groups, _: None, lambda groups, _: 1.5, lambda groups, _: groups[0].sum((1, 2)),
+                  lambda groups, _: groups[0].detach().sum()):
+        with pytest.raises(ValueError, match="loss must return a scalar tensor that was computed from the maps"):
+            list(clora.compose(model, plan, recipe, noise, None, low_memory, loss=wrong))
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm++"])
@@ -477,6 +482,10 @@ def test_updates_end_when_the_maps_stand_still():
     stop = changes[0].mean().item()
     last = [next((n + 1 for n, change in enumerate(changes[:, b]) if change < stop), 6) for b in range(2)]
     assert sorted(last) == [1, 2]                                   # the pictures end apart, or this shows too little
+    gaps = (told[2] - told[0]).norm(dim=1) / told[0].norm(dim=1)                    # of two steps
+    for factor, count in ((0.49, 4), (0.51, 3)):            # where every second step reads maps, half of that is a step's
+        sparse = Recipe(steps=6, refine_at=(), update_stop=factor * gaps[0].item(), mask_every=2)
+        assert sum(len(step.losses) for step in itertools.islice(clora.compose(model, plan, sparse, noise[:1]), 4)) == count
     stopped = steps(stop)
     assert [len(step.losses) for step in stopped] == [1 if i <= max(last) else 0 for i in range(6)]
     for b in range(2):                                              # a picture's own updates, though the batch had more
@@ -489,6 +498,14 @@ def test_updates_end_when_the_maps_stand_still():
             assert torch.equal(step.latents[b], other.latents[b])
         for step, before in zip(stopped[last[b] + 1:], stopped[last[b]:]):
             assert all(torch.equal(z[b], before.latents[b]) for z in step.updates)
+
+
+def test_scores_that_half_precision_could_not_hold():
+    """The products of 160 channels are larger than float16's largest number; divided by sqrt(160) they are not."""
+    query = torch.full((1, 1, 2, 160), 25.0, dtype=torch.float16)
+    key = query * torch.tensor([1, 0.9], dtype=torch.float16).view(1, 1, 2, 1)
+    probs = attention_probs(query, key)
+    assert probs.dtype == torch.float32 and torch.allclose(probs, torch.tensor([1.0, 0.0]).expand(1, 1, 2, 2))
 
 
 def test_masks_are_kept_between_two_readings():
@@ -633,12 +650,62 @@ def test_a_plan_may_be_changed():
     assert torch.equal(latents(context=other, keys=None), latents(context=other))
 
 
+def test_a_plan_is_read_once():
+    """Strengths changed in place during the loop count in the next one, and not by half: for layers, but not for keys."""
+    model, plan = tiny_model()
+    recipe, noise = Recipe(steps=3, update_until=-1), torch.randn(1, 4, 6, 8, dtype=torch.float64)
+
+    def latents(factor: float) -> Tensor:
+        changed = dataclasses.replace(plan, adapters=plan.adapters.clone())
+        last = noise
+        for step in clora.compose(model, changed, recipe, noise):
+            changed.adapters.mul_(factor)
+            last = step.latents
+        return last
+    assert torch.equal(latents(0), latents(1))
+
+
+def test_plans_and_steps_can_be_compared():
+    """By what they are: tensors in them would not say yes or no."""
+    model, plan = tiny_model()
+    assert plan == plan and plan != dataclasses.replace(plan)
+
+
+def test_settings_of_the_models_folder_that_are_not_possible():
+    for values, word in (({"stepz": 3}, "no setting called stepz"), ({"steps": "10"}, "steps cannot be '10'"),
+                         ([1], "must be an object"), ({"threshold": 3}, "--threshold is 3")):
+        with pytest.raises(ValueError, match=f"clora.json: .*{word}"):
+            clora.recipe_for(SimpleNamespace(settings={"recipe": values}))
+    recipe = clora.recipe_for(SimpleNamespace(settings={"recipe": {"refine_at": [0, 1]}}))
+    assert recipe.refine_at == (0, 1) and hash(recipe) == hash(Recipe(refine_at=(0, 1)))
+
+
+def test_a_layer_named_twice_is_one_map():
+    model, plan = tiny_model()
+    layers = model.unet.map_layers(model.map_level)
+    noise, maps = model.unet(torch.randn(6, 4, 6, 8, dtype=torch.float64), 5, plan.context, plan.adapters,
+                             (*layers, *layers), stop_after_maps=True)
+    assert noise is None and [*maps] == [*layers]
+
+
+def test_a_step_prints_without_its_numbers():
+    model, plan = tiny_model()
+    step = next(clora.compose(model, plan, Recipe(steps=2, refine_at=()), torch.randn(1, 4, 6, 8, dtype=torch.float64)))
+    assert repr(step) == f"Step(0, timestep {step.timestep}, 1 pictures, 1 updates)"
+
+
 @pytest.mark.parametrize("changes, word", [
     ({"noise_from": "befor"}, "noise_from is 'befor'; choose from after, before"), ({"uncond_from": "Base"}, "each, base"),
-    ({"maps_from": ""}, "maps_from"), ({"uncond_from": "base", "maps_from": "both"}, "choose one of the two")])
+    ({"maps_from": ""}, "maps_from"), ({"uncond_from": "base", "maps_from": "both"}, "choose one of the two"),
+    ({"threshold": 40}, "--threshold is 40; it must be between 0 and 1"), ({"alpha": float("nan")}, "--alpha is nan"),
+    ({"steps": 4.0}, "steps cannot be 4.0"), ({"refine_at": 0}, "refine_at cannot be 0"), ({"dilate": 1}, "dilate can"),
+    ({"update_until": True}, "update_until cannot be True"), ({"refine_at": (0, 0.5)}, "refine_at cannot"),
+    ({"scheduler": "eular"}, "scheduler is 'eular'; choose from ddim")])
 def test_a_recipe_has_no_choice_that_is_none(changes, word):
     with pytest.raises(ValueError, match=word):
         Recipe(**changes)
+    with pytest.raises(ValueError, match="no recipe called fastt; choose from paper, release, fast"):
+        clora.recipe_for(tiny_model()[0], "fastt")
 
 
 def test_the_base_variant_is_asked_for_where_there_is_none():

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import clora
+from recipe import RECIPES
 from weights import load_model
 from weights.lora import read_lora
 
@@ -36,7 +37,7 @@ def run(request, model):
              for subject in ("cat", "dog")]
     subjects = [clora.Subject(loras[0], "cat", "sks cat"), clora.Subject(loras[1], "dog", "sks dog")]
     recipe = dataclasses.replace(
-        clora.RECIPES["release"], steps=args["num_inference_steps"], guidance=args["guidance_scale"],
+        RECIPES["release"], steps=args["num_inference_steps"], guidance=args["guidance_scale"],
         alpha=args["step_size"], update_until=args["max_iter_to_alter"] - 1 if args["latent_update"] else -1,
         refine_at=tuple(args["iterative_steps"]), refine_steps=args["iterative_steps_steps"],
         threshold=args["mask_threshold_alpha"])
@@ -88,7 +89,7 @@ def test_gradients(run, model):
     args, tensors, plan, _, _ = run
     if not args["latent_update"]:
         return
-    recipe, layers = clora.RECIPES["release"], model.unet.map_layers(2)
+    recipe, layers = RECIPES["release"], model.unet.map_layers(2)
     for e in (0, 3, 5, 10):
         t = int(tensors["timesteps"][tensors["eval_step"][e]])
         loss, gradient = clora.contrast(model.unet, tensors["eval_latents_in"][e][None], t, plan, layers, recipe)

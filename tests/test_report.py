@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import math
 import re
 import shlex
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from safetensors.torch import load_file
 
 import cli
@@ -102,7 +103,8 @@ def test_what_the_page_says_of_every_step_is_what_the_run_computed(seed, folder)
         shown = numbers(step["maps"], 3, 2, *maps.shape[1:3])
         for v, prompt in enumerate(data["prompts"]):
             for k, phrase in enumerate([("cat", "dog"), ("sks cat", "dog"), ("cat", "<b>dog</b>")][v]):
-                one = maps[v][:, :, list(find(prompt, phrase))].mean(-1)
+                own = maps[v][:, :, list(find(prompt, phrase))]
+                one = (own / own.max((0, 1))).max(-1)                       # what is compared with the threshold
                 assert abs(255 * (one - one.min()) / (one.max() - one.min()) - shown[v, k]).max() <= 0.51
         bits = numbers(step["masks"], *masks.shape[1:])
         assert np.array_equal(bits & 1, masks[1]) and np.array_equal(bits >> 1, masks[2])
@@ -273,6 +275,21 @@ def test_what_the_page_says_is_so(flags, shown, unsaid, tmp_path):
     assert not seen["errors"] and all(words in seen["text"] for words in shown), seen["text"]
     assert not any(words in seen["text"] for words in unsaid)
     assert not any("without a LoRA" in label for label in seen["labels"])
+
+
+def test_no_label_of_the_panel_is_cut_and_eight_tiles_stand_in_a_row():
+    lora, trigger = load_model(GOLDEN / "model").lora(CAT), "a very long trigger of a tall picture"
+    picture = np.zeros((64, 16, 3), np.uint8)
+    step = clora.Step(0, 1, *[torch.zeros(1, 4, 8, 2)] * 3, torch.rand(1, 5, 4, 1, 77), torch.ones(1, 5, 8, 2))
+
+    def drawn(k: int) -> np.ndarray:
+        subjects = [clora.Subject(lora, "cat", trigger, weight) for weight in (0.5, None, None, None)[:k]]
+        return report.panel(picture, picture, step, [(1,)] * k, subjects)
+    font = ImageFont.load_default(15)
+    labels = ['map of "a very long trigger of a tall picture"', "its mask: 100%", "CLoRA", "merged, at 0.5"]
+    assert drawn(1).shape == (256 + 26 + 8, sum(max(64, math.ceil(font.getlength(text))) for text in labels) + 8 * 5, 3)
+    assert drawn(3).shape[0] == 290 and drawn(4).shape[0] == 2 * 290            # 8 tiles, 10 tiles
+    assert report.merging_weights([clora.Subject(lora, "cat", "cat", weight) for weight in (0.5, None)]) == [0.5, 0.5]
 
 
 def test_the_panel_of_a_step_without_masks(tmp_path, monkeypatch):

@@ -158,6 +158,12 @@ def test_low_memory_and_style_can_be_taken_away(user, capsys):
     assert json.loads(report.load_settings(Path("again/clora-3.png"))["style"]) is None
 
 
+def test_a_lora_can_be_taken_away(user, capsys):
+    assert again("--lora", "", "cat") == 0 and capsys.readouterr().err.count("clora: warning: ") <= 1
+    assert [one["subject"] for one in json.loads(report.load_settings(Path("again/clora-3.png"))["loras"])] == ["dog"]
+    assert again("--lora", "", "fox") == 2 and 'has no LoRA for "fox"' in capsys.readouterr().err
+
+
 def test_another_vae_is_part_of_the_settings(user, capsys):
     shutil.copytree("model/vae", "vae")
     state = load_file("vae/diffusion_pytorch_model.safetensors")

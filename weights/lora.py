@@ -250,6 +250,7 @@ def disguised(path: Path) -> str:
         head = file.read(40).lstrip()
     kinds = {b"version https://git-lfs": "is a Git LFS pointer, not the file; run git lfs pull, or give the hub id",
              b"<": "is a web page, not the file; the download needs a login or another address",
+             b"\x89PNG": "is a picture; the settings of one are read with --from",
              b"GGUF": "is a GGUF file, which is not supported; use the .safetensors"}
     return next((what for start, what in kinds.items() if head.startswith(start)), "")
 

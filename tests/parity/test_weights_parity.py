@@ -85,11 +85,12 @@ def test_a_plain_picture_equals_the_pipeline(height, width, changes, kind):
     import numpy as np
 
     import clora
+    from recipe import RECIPES
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(GOLDEN, safety_checker=None, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     if kind:
         pipeline.scheduler = getattr(diffusers, kind).from_config(pipeline.scheduler.config)
-    recipe = dataclasses.replace(clora.RECIPES["paper"], steps=6, **changes)
+    recipe = dataclasses.replace(RECIPES["paper"], steps=6, **changes)
     image = pipeline("a cat and a dog", negative_prompt="nsfw", height=height, width=width, num_inference_steps=6,
                      guidance_scale=recipe.guidance, eta=recipe.eta, generator=torch.Generator().manual_seed(5),
                      output_type="np").images[0]

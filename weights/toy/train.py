@@ -202,6 +202,11 @@ def labelled_crops(rng: np.random.Generator, count: int, side: int = 64) -> tupl
     return crops[:count], torch.stack(labels[:count])
 
 
+def mixed(device: str, fp32: bool) -> torch.autocast:
+    """Sums in bfloat16 within the block, unless fp32."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=not fp32)
+
+
 def train_reader(args: argparse.Namespace) -> None:
     torch.manual_seed(7)
     reader = Reader().to(args.device, memory_format=torch.channels_last)
@@ -210,7 +215,7 @@ def train_reader(args: argparse.Namespace) -> None:
         rough = run.step % 2 == 1
         crops, labels = labelled_crops(run.rng(), 24)
         pictures, labels = to_tensor(crops, args.device), labels.to(args.device)                # [24, 3, 64, 64]
-        with torch.autocast(args.device, torch.bfloat16, enabled=not args.fp32):
+        with mixed(args.device, args.fp32):
             parts = [part.float() for part in reader(roughen(pictures) if rough else pictures)]
         texture, *others = [F.cross_entropy(part, labels[:, n]) for n, part in enumerate(parts)]
         run.backward(texture + torch.stack(others).sum(), texture=texture)
@@ -272,6 +277,7 @@ def grow(vae: VAE, smaller: VAE) -> None:
 
 
 def train_vae(args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
     vae = VAE(VAEConfig.from_dict(VAE_CONFIG)).to(args.device, memory_format=torch.channels_last)
     if args.init:
         grow(vae, load_vae(args.device))
@@ -283,7 +289,7 @@ def train_vae(args: argparse.Namespace) -> None:
     run = Run("vae", {"vae": vae}, lr=5e-4 if args.init else 1.5e-3, steps=4200, args=args)
     while run.step < run.steps:
         picture = to_tensor(object_crops(run.rng(), 16), args.device)                           # [16, 3, 64, 64]
-        with torch.autocast(args.device, torch.bfloat16, enabled=not args.fp32):
+        with mixed(args.device, args.fp32):
             mean, logvar = (part.float() for part in vae.encode(picture))                       # [16, 4, 8, 8]
             # what the UNet will draw is never exact: noise up to a tenth of the latents' spread keeps colours apart in them
             spread = 0.1 * torch.rand(len(mean), 1, 1, 1, device=mean.device) * mean.detach().std()
@@ -448,7 +454,7 @@ def cached_scenes(vae: VAE, device: str, fp32: bool, count: int = SCENES) -> dic
         return torch.load(path, weights_only=True)
     rng = np.random.default_rng(7)
     means, deviations, where, texts = [], [], [], []
-    with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=not fp32):
+    with torch.no_grad(), mixed(device, fp32):
         for _ in range(count // 48):
             scenes = [nonsense(renderer.random_scene(rng), rng) for _ in range(48)]
             batch = [renderer.caption(scene) for scene in scenes]
@@ -717,6 +723,7 @@ def roughen(pictures: Tensor) -> Tensor:
 
 def train_judge(args: argparse.Namespace) -> None:
     from weights.toy import judge as judging
+    torch.manual_seed(0)
     judge = judging.Judge().to(args.device)
     run = Run("judge", {"judge": judge}, lr=3e-3, steps=6000, args=args, ema=0.99)
     while run.step < run.steps:
@@ -725,7 +732,7 @@ def train_judge(args: argparse.Namespace) -> None:
         kinds, looks = (torch.stack(part).to(args.device) for part in zip(*map(judging.labels_of, scenes)))
         styles = torch.tensor([judging.MANNERS.index(scene.style) for scene in scenes], device=args.device)
         pictures = roughen(to_tensor([renderer.render(scene) for scene in scenes], args.device))
-        with torch.autocast(args.device, torch.bfloat16, enabled=not args.fp32):
+        with mixed(args.device, args.fp32):
             kind, look, style = (part.float() for part in judge(pictures))
         run.backward(F.cross_entropy(kind, kinds) + F.cross_entropy(look, looks) + 0.2 * F.cross_entropy(style, styles),
                      kind=F.cross_entropy(kind, kinds))
