@@ -301,6 +301,17 @@ def test_flags_that_change_nothing_are_named(arguments, word, tmp_path, capsys):
     assert len(lines) == bool(word) and all(line.startswith("clora: warning: ") and word in line for line in lines), lines
 
 
+def test_what_the_embedded_model_is_given(tmp_path, capsys):
+    """A LoRA of another model where --model was forgotten, and a style whose trigger the prompt does not have."""
+    capsys.readouterr()
+    assert cli.main(["--prompt", "a cat", "--lora", CAT, "cat", "--out", str(tmp_path)]) == 2
+    assert "(no --model is given, so this is the embedded one)" in capsys.readouterr().err
+    small = ["--method", "base", "--style", str(cli.TOY / "loras/ink.safetensors"), "--steps", "1", "--quiet"]
+    for prompt, hints in (("a ball", 1), ("a ball, Ink style", 0)):
+        assert cli.main(["--prompt", prompt, *small, "--out", str(tmp_path)]) == 0
+        assert capsys.readouterr().err.count('suggests the trigger "ink"; write that into the prompt') == hints
+
+
 def test_updates_of_one_lora_are_named(tmp_path, capsys):
     capsys.readouterr()
     assert cli.main([*SMALL, "--lora", CAT, "a cat=cat", "--out", str(tmp_path)]) == 0
