@@ -566,3 +566,10 @@ def test_a_lora_on_the_hub(tmp_path, monkeypatch):
     (tmp_path / "dog").mkdir()
     assert find_lora("someone/cats") == tmp_path / "dog/adapter_model.safetensors"
     assert asked[-1][1:] == ("dog/adapter_model.safetensors", "dog/adapter_config.json")      # PEFT's alpha is in there
+
+
+@pytest.mark.parametrize("key", ["time_embedding_act_fn", "timestep_post_act"])
+def test_an_activation_that_sd_15_has_not_is_refused(key):
+    assert UNetConfig.from_dict({key: None}) == UNetConfig()
+    with pytest.raises(ValueError, match=f"{key} is 'gelu'"):
+        UNetConfig.from_dict({key: "gelu"})
