@@ -29,7 +29,7 @@ from lora import LoRA
 from recipe import CHOICES, RECIPES, Recipe, changed
 from scheduler import make_scheduler
 from weights import Model, find_lora, load_model, split_weight
-from weights.lora import describe, printable, trigger_words
+from weights.lora import Mismatch, describe, printable, trigger_words
 
 # Left alone, MKL with several threads on an Intel CPU may add up in another order every time. It reads this at its
 # first call.
@@ -46,19 +46,18 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 # what other programs do not read as words: <lora:cat:0.8>, (cat:1.3), ((cat)), [cat|dog], embedding:x, BREAK, AND
-WEIGHTED = re.compile(r"<\s*(?:lora|lyco|hypernet)\s*:[^>]*>|\(\([^()]*\)\)"
-                      r"|(?:\([^()]*)?[^\W\d]+\s*:(?:\s*\d?\.\d+|[0-2])\s*[)\]]"
-                      r"|\[[^\[\]|]*\|[^\[\]]*\]|\bembedding:\w+|\b(?-i:BREAK|AND)\b", re.IGNORECASE)
+FOREIGN = re.compile(r"<\s*(?:lora|lyco|hypernet)\s*:[^>]*>|\(\([^()]*\)\)"
+                     r"|(?:\([^()]*)?[^\W\d]+\s*:(?:\s*\d?\.\d+|[0-2])\s*[)\]]"
+                     r"|\[[^\[\]|]*\|[^\[\]]*\]|\bembedding:\w+|\b(?-i:BREAK|AND)\b", re.IGNORECASE)
+# what argparse says, from its beginning, and what to do
+HINTS = {"argument --lora: expected 2": "; write --lora FILE SUBJECT=TRIGGER, or --style FILE for the whole picture",
+         "argument --seed: invalid": "; several are --seeds 0-9"}
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         remedy = next((hint for start, hint in HINTS.items() if message.startswith(start)), "")
         raise ValueError(message + remedy)
-
-
-HINTS = {"argument --lora: expected 2": "; write --lora FILE SUBJECT=TRIGGER, or --style FILE for the whole picture",
-         "argument --seed: invalid": "; several are --seeds 0-9"}
 
 
 class Once(argparse.Action):
@@ -394,9 +393,9 @@ def run(args: argparse.Namespace) -> None:
     clora.initial_noise(model, *size, seeds[0])             # refuses sizes that do not fit
     try:
         subjects, style = read_subjects(args, model)
-    except ValueError as error:
-        unsaid = args.model == str(TOY) and "this kind of model" in str(error)
-        raise ValueError(f"{error} (no --model is given, so this is the embedded one)" if unsaid else str(error)) from None
+    except Mismatch as error:
+        unsaid = " (no --model is given, so this is the embedded one)" if args.model == str(TOY) else ""
+        raise ValueError(f"{error}{unsaid}") from None
     loras = (*(subject.lora for subject in subjects), *([style[0]] if style else []))
     read = {path.resolve() for path in (*model.files, *model.vae_files, *(lora.path for lora in loras))}
     if replaced := [str(path) for path in traces.values() if path.resolve() in read]:
@@ -420,7 +419,7 @@ def run(args: argparse.Namespace) -> None:
             for s in subjects if args.method != "base" and s.trigger.lower() not in s.word.lower()
             and model.text.positions(args.prompt, s.trigger)]
     said += [f'"{printable(found[0], 100)}" is read as plain words: a prompt has no weights, switches or embeddings here'
-             for text in (args.prompt, args.negative, *(s.trigger for s in subjects)) if (found := WEIGHTED.search(text))]
+             for text in (args.prompt, args.negative, *(s.trigger for s in subjects)) if (found := FOREIGN.search(text))]
     evaluations = len(make_scheduler(model.scheduler_config, recipe.steps, recipe.scheduler).timesteps)
     for line in (*said, *without_effect(args, recipe, evaluations, demo)):
         print(f"clora: warning: {printable(line, 700)}", file=sys.stderr)

@@ -188,7 +188,7 @@ def make_plan(model: Model, prompt: str, subjects: Sequence[Subject] = (), style
     if method == "clora" or not subjects:
         strengths = [[0.0] * len(subjects), *alone]
     elif method == "merge":
-        strengths = [[1 / len(subjects) if s.weight is None else s.weight for s in subjects]]
+        strengths = [merging_weights(subjects)]
     else:
         strengths = alone
     loras = tuple(subject.lora for subject in subjects)
@@ -201,6 +201,11 @@ def make_plan(model: Model, prompt: str, subjects: Sequence[Subject] = (), style
     context = torch.stack(rows, dim=1).flatten(0, 1)                                # [2V, T, D]
     adapters = torch.tensor(strengths * 2, device=context.device, dtype=context.dtype)      # [2V, A]
     return Plan(prompts, context, adapters, concepts, trigger_tokens, in_turn=method == "switch", loras=loras)
+
+
+def merging_weights(subjects: Sequence[Subject]) -> list[float]:
+    """What method merge adds the LoRAs with: 1/K each, unless it has a weight."""
+    return [1 / len(subjects) if subject.weight is None else subject.weight for subject in subjects]
 
 
 def encode(model: Model, texts: Sequence[str], loras: Sequence[tuple[LoRA, float]], recipe: Recipe) -> Tensor:

@@ -88,14 +88,15 @@ RECIPES = {
 
 def changed(recipe: Recipe, values: object, where: str = "") -> Recipe:
     """The recipe with these values. ValueError says where they come from, and names one that is unknown or not possible."""
+    start = f"{where}: " if where else ""
     if not isinstance(values, dict):
-        raise ValueError(f"{where}: the settings must be an object like {{\"alpha\": 2}}")
+        raise ValueError(f"{start}the settings must be an object like {{\"alpha\": 2}}")
     if unknown := [name for name in values if name not in Recipe.__dataclass_fields__]:
-        raise ValueError(f"{where}: there is no setting called {unknown[0]}")
+        raise ValueError(f"{start}there is no setting called {unknown[0]}")
     try:
         return replace(recipe, **values)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}" if where else str(error)) from None
+        raise ValueError(f"{start}{error}") from None
 
 
 def recipe_for(model: Model, name: str = "paper", **changes) -> Recipe:

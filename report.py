@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageEr
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from clora import Plan, Step, Subject, decode, divide, rescale
+from clora import Plan, Step, Subject, decode, divide, merging_weights, rescale
 from weights import Model
 from weights.lora import is_stream
 
@@ -173,11 +173,6 @@ def panel(result: np.ndarray, merged: np.ndarray, step: Step, trigger_tokens: Se
             draw.text((x, y + 5), label, fill=(30, 30, 30), font=font)
             x += wide + gap
     return np.asarray(sheet)
-
-
-def merging_weights(subjects: Sequence[Subject]) -> list[float]:
-    """What method merge adds the LoRAs with."""
-    return [1 / len(subjects) if subject.weight is None else subject.weight for subject in subjects]
 
 
 def estimates(model: Model, steps: Sequence[Step], low_memory: bool = False) -> dict[int, np.ndarray]:

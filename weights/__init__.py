@@ -327,14 +327,16 @@ def split_weight(text: str) -> tuple[str, float | None]:
 
     ValueError: what follows the name of a file is no weight, or one beyond 10,000.
     """
-    there = os.path.lexists(text)
-    match = None if there else re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)", text, re.IGNORECASE)
+    if os.path.lexists(text):
+        return text, None
+    if match := re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)", text, re.IGNORECASE):
+        if abs(float(match[2])) > 1e4:
+            raise ValueError(f"{text}: the weight of a LoRA must be between -10000 and 10000")
+        return match[1], float(match[2])
     path, _, weight = text.rpartition(":")
-    if not there and not match and path and os.path.isfile(path):
+    if path and os.path.isfile(path):
         raise ValueError(f'{path}: "{weight}" is no weight; write it as {path}:0.8')
-    if match and abs(float(match[2])) > 1e4:
-        raise ValueError(f"{text}: the weight of a LoRA must be between -10000 and 10000")
-    return (match[1], float(match[2])) if match else (text, None)
+    return text, None
 
 
 def find_lora(source: str | Path) -> Path:

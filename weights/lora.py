@@ -239,9 +239,13 @@ class _File:
 
     def mismatch(self, why: str) -> ValueError:
         """For a key or a shape that this model does not have: with a guess which model the LoRA is for."""
-        family = _first(FAMILIES, self.described)
-        return self.error(f"looks like a LoRA for {family}, this model is SD 1.5; use a LoRA for SD 1.5 ({why})" if family
-                          else f"{why}; use a LoRA that was trained on this kind of model")
+        if family := _first(FAMILIES, self.described):
+            return self.error(f"looks like a LoRA for {family}, this model is SD 1.5; use a LoRA for SD 1.5 ({why})")
+        return Mismatch(self.error(f"{why}; use a LoRA that was trained on this kind of model"))
+
+
+class Mismatch(ValueError):
+    """A LoRA of another model, nobody knows which."""
 
 
 def disguised(path: Path) -> str:
