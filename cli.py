@@ -482,6 +482,12 @@ def inspect_files(files: Sequence[str]) -> int:
     return code
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether this says so: PyTorch on the CPU has no exception of its own for it, and CUDA's libraries have others."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        text in str(error) for text in ("allocate memory", "enough memory", "out of memory", "ALLOC_FAILED"))
+
+
 def main(argv: list[str] | None = None) -> int:
     """-> exit code: 0 when every image was made, 2 for bad input, 130 when interrupted, 141 when nobody reads its output."""
     argv = sys.argv[1:] if argv is None else argv
@@ -498,10 +504,8 @@ def main(argv: list[str] | None = None) -> int:
             return code
         run(args if args.source is None else rerun.recall(argv, Path(args.source), make_parser))
         return 0
-    except (torch.OutOfMemoryError, MemoryError):
-        message = "out of memory: use --low-memory, lower --batch, --height and --width, or use --dtype float16"
-    except RuntimeError as error:
-        if any(text in str(error) for text in ("allocate memory", "enough memory", "out of memory", "ALLOC_FAILED")):
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error):
             message = "out of memory: use --low-memory, lower --batch, --height and --width, or use --dtype bfloat16"
         elif type(error).__module__.startswith("torch._"):              # of torch.compile: no C++ compiler, mostly
             reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)

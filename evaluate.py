@@ -31,12 +31,13 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import clora
 import report
 from cli import (
     DTYPES,
+    FOREIGN,
     TOY,
     Parser,
     check_device,
@@ -44,6 +45,7 @@ from cli import (
     is_embedded,
     keep_float32,
     keep_freed_memory,
+    out_of_memory,
     read_style,
     read_subject,
     settings_of,
@@ -51,6 +53,7 @@ from cli import (
 )
 from clora import Plan, Step, Subject
 from recipe import RECIPES, Recipe, changed
+from scheduler import make_scheduler
 from text import write_prompts
 from weights import find_lora, load_model, split_weight
 from weights.lora import printable
@@ -191,6 +194,8 @@ def read_sets(path: Path) -> list[dict]:
             raise ValueError(f"{path}: set {number}: the prompt is no text")
         if not are_pairs(one["loras"]):
             raise ValueError(f'{path}: set {number}: loras must be a list of [FILE, "SUBJECT=TRIGGER"]')
+        if len(one["loras"]) > 8:
+            raise ValueError(f"{path}: set {number} has {len(one['loras'])} LoRAs; at most 8 subjects can be composed")
         if any(re.search("[\ud800-\udfff]", words) for _, words in one["loras"]):
             raise ValueError(f"{path}: set {number}: a subject or trigger is no text")
         if not isinstance(one.get("style", ""), str) or one.get("style") == "":
@@ -291,11 +296,21 @@ def pictures_in(folder: str | Path) -> list[Path]:
 
 
 def read_pictures(folder: str) -> list[np.ndarray]:
-    """uint8 [H, W, 3] each. ValueError names a file that is no picture."""
+    """uint8 [H, W, 3] each, upright as a viewer shows them, on white where they are transparent.
+
+    ValueError names a file that is no picture, or has more than 8 bits a value.
+    """
     pictures = []
     for path in pictures_in(folder):
         try:
-            pictures.append(np.asarray(Image.open(path).convert("RGB")))
+            with Image.open(path) as image:
+                if image.mode[0] in "IF":               # converting them would clip what is above 255
+                    raise ValueError("it has more than 8 bits a value; save it with 8")
+                upright = ImageOps.exif_transpose(image)
+                if upright.has_transparency_data:
+                    white = Image.new("RGBA", upright.size, "white")
+                    upright = Image.alpha_composite(white, upright.convert("RGBA"))
+                pictures.append(np.asarray(upright.convert("RGB")))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path} cannot be read as a picture ({error})") from None
     return pictures
@@ -308,12 +323,12 @@ def lesson_pictures(name: str) -> list[np.ndarray]:
 def references_of(one: dict) -> list[tuple[str, Callable[[], list[np.ndarray]]]]:
     """(name, pictures) for each LoRA of a set: its "references" (folders), or the lessons where all are embedded LoRAs."""
     if "references" in one:
-        return [(folder, functools.partial(read_pictures, folder)) for folder in one["references"]]
+        return [(f"folder {folder}", functools.partial(read_pictures, folder)) for folder in one["references"]]
     paths = [Path(split_weight(file)[0]) for file, _ in one["loras"]]
     known = {instance.name for instance in renderer.INSTANCES}
     if not all(path.parent.resolve() == (TOY / "loras").resolve() and path.stem in known for path in paths):
         return []                                   # of some of the LoRAs alone a minimum would mean something else
-    return [(path.stem, functools.partial(lesson_pictures, path.stem)) for path in paths]
+    return [(f"lesson {path.stem}", functools.partial(lesson_pictures, path.stem)) for path in paths]
 
 
 # --- one image --------------------------------------------------------------------------------------------------------
@@ -373,19 +388,37 @@ class Maker:
                                   low_memory=self.args.low_memory, compile=False)
         return settings_of(args, recipe, self.model, self.subjects(one), self.style(one), seed, (self.size, self.size))
 
-    def check(self, sets: Sequence[dict], methods: Collection[str]) -> None:
-        """Reads every LoRA and finds every word before the first image. ValueError names the set that cannot be drawn."""
+    def check(self, sets: Sequence[dict], recipes: dict[str, Recipe]) -> list[str]:
+        """Reads every LoRA and finds every word before the first image, and tries every column's sampler and text encoder.
+
+        -> what a user may not expect of the prompts. ValueError names the set or the column that cannot be drawn.
+        """
+        for column, recipe in recipes.items():
+            try:
+                make_scheduler(self.model.scheduler_config, recipe.steps, recipe.scheduler, eta=recipe.eta)
+                self.model.text.encode([""], clip_skip=recipe.clip_skip)
+            except ValueError as error:
+                raise ValueError(f"{column}: {error}") from None
+        warnings: dict[str, None] = {}
         for number, one in enumerate(sets):
             try:
-                subjects, _ = self.subjects(one), self.style(one)
-                for method in methods:
-                    write_prompts(self.model.text, one["prompt"], subjects, method)
+                subjects, style = self.subjects(one), self.style(one)
+                for method in sorted({COLUMNS[column][0] for column in recipes}):
+                    if method != "base" and not subjects and style is None:
+                        raise ValueError(f"{method} needs a LoRA, and none is named")
+                    prompts, *_ = write_prompts(self.model.text, one["prompt"], subjects, method)
+                    for prompt in prompts:
+                        if cut := self.model.text.truncated(prompt):
+                            warnings[f'set {number}: CLIP reads 77 tokens; of "{prompt}" this is cut off: "{cut}"'] = None
+                        if found := FOREIGN.search(prompt):
+                            warnings[f'set {number}: "{found[0]}" is read as plain words'] = None
             except ValueError as error:
                 raise ValueError(f"set {number}: {error}") from None
+        return list(warnings)
 
-    def hashes(self, sets: Sequence[dict]) -> list[str]:
-        """Of every LoRA that the sets name, with PEFT's settings beside it."""
-        return [self.lora(name).sha256 for name in sorted({split_weight(file)[0] for one in sets for file in files_of(one)})]
+    def hashes(self, one: dict) -> list[str]:
+        """Of every LoRA that the set names, with PEFT's settings beside it."""
+        return [self.lora(split_weight(file)[0]).sha256 for file in files_of(one)]
 
     def attempt(self, one: dict, column: str, recipe: Recipe, seeds: Sequence[int]) -> list[tuple[np.ndarray | None, dict]]:
         """`make`; if that fails every seed alone, so that one does not take the others with it; then the reason."""
@@ -445,11 +478,9 @@ def code_digest() -> str:
     return digest([hashlib.sha256((here / name).read_bytes()).hexdigest() for name in names])
 
 
-def references_digest(sets: Sequence[dict]) -> str | None:
-    """Of the pictures that the sets name as references; None where they name none."""
-    folders = sorted({folder for one in sets for folder in one.get("references", [])})
-    files = [hashlib.sha256(path.read_bytes()).hexdigest() for folder in folders for path in pictures_in(folder)]
-    return digest(files) if files else None
+def folder_digest(folder: str) -> str:
+    """Of the pictures in a folder of references."""
+    return digest([hashlib.sha256(path.read_bytes()).hexdigest() for path in pictures_in(folder)])
 
 
 def recipe_of(column: str, settings: dict, changes: dict) -> Recipe:
@@ -471,8 +502,8 @@ def read_results(folder: Path) -> list[dict]:
         for text in path.read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError, RecursionError):
                 line = json.loads(text)
-                known = isinstance(line, dict) and {"column", "set", "seed", "stamp"} <= line.keys()
-                if known and isinstance(line["stamp"], dict):
+                kinds = {"column": str, "set": int, "group": int, "seed": int, "stamp": dict}
+                if isinstance(line, dict) and all(isinstance(line.get(key), kind) for key, kind in kinds.items()):
                     lines.append(line)
     return lines
 
@@ -533,7 +564,25 @@ def bootstrap(values: np.ndarray, groups: np.ndarray, rounds: int = 2000) -> tup
     return float(values.mean()), float(low), float(high)
 
 
-FEW = 5             # combinations of LoRAs from which on there are intervals; drawn from fewer they would be far too narrow
+def interval(values: Sequence[float], groups: Sequence[int]) -> tuple[float, float, float] | None:
+    """Mean and 95 % interval (`bootstrap`), None where there can be none: too few groups, or measures that are all the same.
+
+    Verdicts (int) that are all the same leave nothing to draw from. Then it is Clopper and Pearson's bound for as many
+    independent images as there are groups, as those of one group may be right or wrong together.
+    """
+    count = len(set(groups))
+    if count < FEW:
+        return None
+    mean, low, high = bootstrap(np.array(values, float), np.array(groups))
+    if len(set(values)) > 1:
+        return mean, low, high
+    if not all(isinstance(value, int) for value in values):
+        return None
+    beyond = 1 - 0.025 ** (1 / count)
+    return mean, max(min(mean, 0.0), mean - beyond), min(1.0, mean + beyond)            # a difference may be below 0
+
+
+FEW = 5             # groups from which on there are intervals; drawn from fewer they would be far too narrow
 # figures of the table: heading, key of a result, how it is written
 FIGURES = (("success", "success", "{:.0%}"), ("a subject is missing or looks wrong", "missing", "{:.0%}"),
            ("an object is absent", "absent", "{:.0%}"), ("a texture leaks", "leak", "{:.0%}"),
@@ -547,9 +596,12 @@ def image_of(line: dict) -> tuple[str, int, int]:
 
 
 def by_image(lines: list[dict], columns: list[str]) -> dict[str, dict[tuple[int, int], dict]]:
-    """{column: {(set, seed): line}} without failures; an image that two processes made counts once."""
-    return {column: {(line["set"], line["seed"]): line for line in lines if line["column"] == column and "error" not in line}
-            for column in columns}
+    """{column: {(set, seed): line}} without failures; an image that two processes made counts once.
+
+    In the order of sets and seeds: the bootstrap draws by position, and files hold their lines as they were made.
+    """
+    made = sorted((line for line in lines if "error" not in line), key=lambda line: (line["set"], line["seed"]))
+    return {column: {(line["set"], line["seed"]): line for line in made if line["column"] == column} for column in columns}
 
 
 def failures(lines: list[dict]) -> dict[tuple[str, int, int], str]:
@@ -558,9 +610,10 @@ def failures(lines: list[dict]) -> dict[tuple[str, int, int], str]:
     return {image_of(line): line["error"] for line in lines if "error" in line and image_of(line) not in good}
 
 
-def group_of(line: dict) -> int:
-    """Images of the same LoRAs are not independent: whatever those cannot do fails in all of them."""
-    return line.get("group", line["set"])
+def grouping(lines: Collection[dict]) -> str:
+    """What the intervals draw by: "group", as images of the same LoRAs are not independent (what those cannot do fails in
+    all of them), or, where there are too few combinations of LoRAs, "set", the prompts."""
+    return "group" if len({line["group"] for line in lines}) >= FEW else "set"
 
 
 def table(lines: list[dict], columns: list[str]) -> str:
@@ -571,56 +624,61 @@ def table(lines: list[dict], columns: list[str]) -> str:
     """
     by = by_image(lines, columns)
     failed = failures(lines)
-    notes = [f"{len(failed)} images failed and are in no figure; the first: {next(iter(failed.values()))}"] if failed else []
+    notes = []
+    if failed:
+        (column, *_), reason = next(iter(failed.items()))
+        notes = [f"{len(failed)} images failed and are in no figure; the first, of {column}: {reason}"]
     if not any(by.values()):
         return "\n".join(["no image was made", *notes])
     present = [figure for figure in FIGURES if any(figure[1] in line for line in lines)]
     if any("styled" in line for line in lines):             # then looks are not judged
         present = [("a subject is missing" if key == "missing" else name, key, form) for name, key, form in present
                    if key != "absent"]
-    # of masks only some methods have any
-    first, key, form = next((figure for figure in present if figure[1] != "mask"), ("nothing", "", ""))
-    differences = [(first, key, form, other) for other in ("merge", "merge-full", "clora") if other in columns and key]
+    compared = [figure for figure in present if figure[1] == "success"] or \
+               [figure for figure in present if figure[1] in ("dino_min", "dino_avg", "clip")]
+    differences = [(*figure, other) for other in ("merge", "merge-full", "clora") if other in columns for figure in compared]
     if "clora" in columns:
         differences += [(*figure, "clora") for figure in present if figure[1] in ("absent", "leak")]
     headings = ["method", "images", *(name for name, _, _ in present),
                 *(f"{name} less {other}'s" for name, _, _, other in differences), "seconds"]
     rows = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
 
+    made = [line for some in by.values() for line in some.values()]
+    by_what = grouping(made)
+
     def written(form: str, values: list[float], groups: list[int]) -> str:
         if not values:
             return ""
-        if len(set(groups)) < FEW:
+        if "+" in form and not any(values):
+            return f"{form.format(0)} (none differs)"
+        if (found := interval(values, groups)) is None:
             return form.format(np.mean(values))
-        figures = bootstrap(np.array(values, float), np.array(groups))
-        if len(set(values)) == 1:                       # nothing to draw from
-            if not all(isinstance(value, int) for value in values):         # verdicts, and their differences, are
-                return form.format(figures[0])
-            beyond = 1 - 0.025 ** (1 / len(values))     # Clopper and Pearson's bound, for images that are independent
-            least = -1.0 if "+" in form else 0.0        # of a difference
-            figures = (figures[0], max(least, figures[0] - beyond), min(1.0, figures[0] + beyond))
-        mean, low, high = (form.format(x) for x in figures)
+        mean, low, high = (form.format(x) for x in found)
         return f"{mean} ({low} to {high})"
     for column in columns:
         done = list(by[column].values())
-        if not done:
+        asked = len({(line["set"], line["seed"]) for line in lines if line["column"] == column})
+        if not asked:
             continue
         cells = []
         for _, name, written_as in present:
             own = [line for line in done if name in line]
-            cells.append(written(written_as, [line[name] for line in own], [group_of(line) for line in own]))
+            cells.append(written(written_as, [line[name] for line in own], [line[by_what] for line in own]))
         for _, key, form, other in differences:
-            pairs = [(group_of(line), line[key] - by[other][at][key]) for at, line in by[column].items()
+            pairs = [(line[by_what], line[key] - by[other][at][key]) for at, line in by[column].items()
                      if column != other and key in line and key in by[other].get(at, {})]
             cells.append(written(form.replace(":", ":+"), [d for _, d in pairs], [g for g, _ in pairs]))
-        cells.append(f"{np.median([line['seconds'] for line in done]):.1f}")
-        asked = len({(line["set"], line["seed"]) for line in lines if line["column"] == column})
+        cells.append(f"{np.median([line['seconds'] for line in done]):.1f}" if done else "")
         count = f"{len(done)} of {asked}" if asked > len(done) else str(len(done))          # the others failed
         rows.append(f"| {column} | {count} | {' | '.join(cells)} |")
-    groups = {group_of(line) for made in by.values() for line in made.values()}
-    notes.insert(0, f"In brackets: 95 % intervals over {len(groups)} combinations of LoRAs and the images of each."
-                 if len(groups) >= FEW else
-                 f"No intervals: {FEW} combinations of LoRAs are needed for them, and there are {len(groups)}.")
+    loras, prompts = (len({line[what] for line in made}) for what in ("group", "set"))
+    if by_what == "group":
+        note = f"In brackets: 95 % intervals over {loras} combinations of LoRAs and the images of each."
+    elif prompts >= FEW:
+        note = f"In brackets: 95 % intervals over {prompts} prompts and the images of each, for these LoRAs alone."
+    else:
+        note = f"No intervals: {FEW} combinations of LoRAs, or {FEW} prompts, are needed for them."
+    notes.insert(0, note)
     return "\n".join([*rows, "", *notes])
 
 
@@ -634,9 +692,9 @@ def grid(folder: Path, columns: list[str], seeds: tuple[int, ...], prompt: str) 
     for x, column in enumerate(columns):
         draw.text((x * side + 4, 22), column, fill=(0, 0, 0))
         for y, seed in enumerate(seeds):
-            path = folder / f"images/{column}-0-{seed}.png"
-            if path.exists():
-                with Image.open(path) as image:
+            # an image that failed has no file, and one that somebody damaged is no reason to end without a table
+            with contextlib.suppress(OSError):
+                with Image.open(folder / f"images/{column}-0-{seed}.png") as image:
                     sheet.paste(image.resize((side, side)), (x * side, y * side + top))
     return sheet
 
@@ -647,11 +705,14 @@ def curve(lines: list[dict], columns: list[str]) -> Image.Image:
     sheet = Image.new("RGB", (width, height), (255, 255, 255))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     points = {}
-    for column, made in by_image(lines, columns).items():
+    by = by_image(lines, columns)
+    by_what = grouping([line for made in by.values() for line in made.values()])
+    for column, made in by.items():
         if done := [line for line in made.values() if "success" in line]:
-            success = np.array([line["success"] for line in done], float)
-            groups = np.array([group_of(line) for line in done])
-            points[column] = float(np.median([line["seconds"] for line in done])), bootstrap(success, groups)
+            success = [line["success"] for line in done]
+            mean = float(np.mean(success))
+            found = interval(success, [line[by_what] for line in done]) or (mean, mean, mean)
+            points[column] = float(np.median([line["seconds"] for line in done])), found
     most = 1.3 * max((seconds for seconds, _ in points.values()), default=1.0)
 
     def at(seconds: float, share: float) -> tuple[float, float]:
@@ -714,6 +775,8 @@ def evaluate(args: argparse.Namespace, make: Callable[[argparse.Namespace], Make
         raise ValueError(f"--set {args.set} is no JSON object like '{{\"alpha\": 2}}' ({error})") from None
     changed(Recipe(), changes, "--set")
     sets = read_sets(Path(args.sets)) if args.sets else embedded_sets(args.split, args.prompts, args.subjects)
+    if args.curve and not any("truth" in one for one in sets):
+        raise ValueError(f"--curve shows the share of pictures that are right; no set of {args.sets} says what is (truth)")
     if args.style:
         if not find_lora(split_weight(args.style)[0]).is_file():
             raise ValueError(f"--style {args.style}: there is no such file")
@@ -730,6 +793,7 @@ def evaluate(args: argparse.Namespace, make: Callable[[argparse.Namespace], Make
         if idle:
             print(f"evaluate: warning: {flag} changes nothing: {why}", file=sys.stderr)
     folder = Path(args.out)
+    new = [place for place in (folder / "images", folder) if not place.exists()]
     for place in (folder / "images", *([Path(args.curve).parent] if args.curve else [])):
         place.mkdir(parents=True, exist_ok=True)
     mine = folder / f"results-{rank}.jsonl"
@@ -737,13 +801,14 @@ def evaluate(args: argparse.Namespace, make: Callable[[argparse.Namespace], Make
         try:
             maker = make(args)
             recipes = {column: recipe_of(column, maker.model.settings, changes) for column in columns}
-            maker.check(sets, {COLUMNS[column][0] for column in columns})
-        except ValueError:
+            for line in maker.check(sets, recipes) if rank == 0 else ():
+                print(f"evaluate: warning: {printable(line, 700)}", file=sys.stderr)
+        except BaseException:
             with contextlib.suppress(OSError):          # of what was made above what is empty goes again
                 if not mine.stat().st_size:
                     mine.unlink()
-                (folder / "images").rmdir()
-                folder.rmdir()
+                for place in new:
+                    place.rmdir()
             raise
         return sweep(args, maker, recipes, changes, sets, rank, world, folder)
 
@@ -757,28 +822,41 @@ def sweep(args: argparse.Namespace, maker: Maker, recipes: dict[str, Recipe], ch
           world: int, folder: Path) -> int:
     """Makes what is missing of this process' share, then the table of all there is (rank 0)."""
     entered, columns = time.time(), list(recipes)
-    # what every line of a results file must have been made with
-    named = [{**one, "loras": [[from_repository(file), words] for file, words in one["loras"]],
-              **({"style": from_repository(one["style"])} if "style" in one else {})} for one in sets]
-    common = {"code": code_digest(), "model": maker.model.hash, "vae": maker.model.vae_hash, "sets": digest(named),
-              "loras": digest(maker.hashes(sets)), "changes": changes,
+    # what every line of a results file must have been made with; a folder may hold more sets than are asked for now
+    common = {"code": code_digest(), "model": maker.model.hash, "vae": maker.model.vae_hash, "changes": changes,
               "dtype": str(DTYPES[args.dtype]).removeprefix("torch."), "device": torch.device(args.device).type,
-              "batch": args.batch, "low_memory": args.low_memory, "scores": maker.scores,
-              "references": None if args.no_scores else references_digest(sets)}
-    stamps = {column: {**common, "recipe": digest(dataclasses.asdict(recipe))} for column, recipe in recipes.items()}
+              "batch": args.batch, "low_memory": args.low_memory, "scores": maker.scores}
+    of_column = {column: {"recipe": digest(dataclasses.asdict(recipe))} for column, recipe in recipes.items()}
+    pictures = set() if args.no_scores else {folder for one in sets for folder in one.get("references", [])}
+    digests = {folder: folder_digest(folder) for folder in pictures}
+    of_set = []
+    for one in sets:
+        named = {**one, "loras": [[from_repository(file), words] for file, words in one["loras"]],
+                 **({"style": from_repository(one["style"])} if "style" in one else {})}
+        of_set.append({"set": digest(named), "loras": digest(maker.hashes(one)),
+                       "references": digest([digests[folder] for folder in one["references"]])
+                       if digests and "references" in one else None})
     files = [sorted(maker.lora(split_weight(file)[0]).sha256 for file, _ in one["loras"]) for one in sets]
     groups = [files.index(some) for some in files]
 
     def results() -> list[dict]:
         """What is in the folder. ValueError: made with other settings, perhaps by another process just now."""
-        lines = read_results(folder)
-        for line in lines:
-            stamp = stamps.get(line["column"], common)
-            if different := [key for key in stamp if line["stamp"].get(key) != stamp[key]]:
+        lines = []
+        for line in read_results(folder):
+            number = line["set"]
+            here = of_set[number] if isinstance(number, int) and 0 <= number < len(sets) else {}
+            stamp = common | of_column.get(line["column"], {}) | here
+            different = [key for key in stamp if line["stamp"].get(key) != stamp[key]]
+            if different and "error" in line:
+                continue                                # nothing was made with them
+            if different:
                 then, now = ("none" if (value := of.get(different[0])) is None else value for of in (line["stamp"], stamp))
                 same = "the same --dino, --clip and --no-scores, or " if different[0] == "scores" else ""
-                raise ValueError(f"{folder} holds results made with another {different[0]} ({then}, now {now}); "
+                what = f"{different[0]} for set {number}" if different[0] in here and different[0] != "set" else \
+                       f"prompt, words or files for set {number}" if different[0] == "set" else different[0]
+                raise ValueError(f"{folder} holds results made with another {what} ({then}, now {now}); "
                                  f"give {same}another --out")
+            lines.append(line)
         return lines
     lines = results()
     done = {image_of(line) for line in lines if "error" not in line}
@@ -799,8 +877,8 @@ def sweep(args: argparse.Namespace, maker: Maker, recipes: dict[str, Recipe], ch
         for seed, (picture, facts) in zip(seeds, made):
             if (column, number, seed) in done:
                 continue
-            line = {"column": column, "set": number, "seed": seed, "prompt": one["prompt"], "stamp": stamps[column],
-                    "group": groups[number], **facts}
+            line = {"column": column, "set": number, "seed": seed, "prompt": one["prompt"],
+                    "stamp": common | of_column[column] | of_set[number], "group": groups[number], **facts}
             if picture is not None:
                 settings = maker.settings(one, column, recipes[column], seed)
                 report.save_picture(folder / f"images/{column}-{number}-{seed}.png", picture, {"column": column, **settings})
@@ -828,7 +906,10 @@ def sweep(args: argparse.Namespace, maker: Maker, recipes: dict[str, Recipe], ch
         if args.curve:
             with report.in_place(Path(args.curve)) as path:
                 curve(lines, columns).save(path)
-        print(text)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:                 # `| head`: whoever reads has seen enough, and the files are written
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not args.quiet:
             print(f"{folder} has the images, grid.png and table.md", file=sys.stderr)
         code = 1 if lines and all("error" in line for line in lines) else 0
@@ -887,6 +968,11 @@ def main(argv: Sequence[str] | None = None, make: Callable[[argparse.Namespace],
         reason = printable(str(error).splitlines()[0], 300)
         print(f"evaluate: the GPU failed ({reason}); started again, it goes on where it was", file=sys.stderr)
         return 1
+    except (RuntimeError, MemoryError) as error:        # while the models load; later it is noted with the image
+        if not out_of_memory(error):
+            raise
+        print("evaluate: out of memory while the models load; use --dtype float16 or bfloat16", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\nevaluate: interrupted; started again, it goes on where it was", file=sys.stderr)
         return 130
