@@ -49,14 +49,20 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 FOREIGN = re.compile(r"<\s*(?:lora|lyco|hypernet)\s*:[^>]*>|\(\([^()]*\)\)"
                      r"|(?:\([^()]*)?[^\W\d]+\s*:(?:\s*\d?\.\d+|[0-2])\s*[)\]]"
                      r"|\[[^\[\]|]*\|[^\[\]]*\]|\bembedding:\w+|\b(?-i:BREAK|AND)\b", re.IGNORECASE)
-# what argparse says, from its beginning, and what to do
-HINTS = {"argument --lora: expected 2": "; write --lora FILE SUBJECT=TRIGGER, or --style FILE for the whole picture",
-         "argument --seed: invalid": "; several are --seeds 0-9"}
+# what argparse says (a pattern of its beginning), and what to do
+HINTS = {r"argument --lora: expected 2": "write --lora FILE SUBJECT=TRIGGER, or --style FILE for the whole picture",
+         r"argument --seed: invalid int value: '\d+[-,]": "several are --seeds 0-9",
+         r"unrecognized arguments: --negative": "the negative prompt is --negative",
+         r"unrecognized arguments: --(cfg|guidance)": "classifier-free guidance is --guidance",
+         r"unrecognized arguments: --sampl": "the sampler is --scheduler",
+         r"unrecognized arguments: --num": "steps are --steps, and several images --seeds 0-9",
+         r"unrecognized arguments: --size": "the size is --height and --width",
+         r"unrecognized arguments: [^-]": "put what has spaces in quotes"}
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        remedy = next((hint for start, hint in HINTS.items() if message.startswith(start)), "")
+        remedy = next((f"; {hint}" for start, hint in HINTS.items() if re.match(start, message)), "")
         raise ValueError(message + remedy)
 
 
@@ -209,6 +215,8 @@ def read_subject(load: Callable[[str], LoRA], file: str, words: str) -> Subject:
     word, _, trigger = (part.strip() for part in words.partition("="))
     if not word:
         raise ValueError(f"{file} {words!r} names no subject; write it as \"cat=sks cat\"")
+    if found := re.fullmatch(r"(.*\S)\s*:\s*[-+]?(?:\d+\.?\d*|\.\d+)", words, re.DOTALL):
+        raise ValueError(f"{words!r}: a weight stands behind the file, as {path}:0.8 {found[1]!r}")
     return Subject(load(path), word, trigger or word, weight)
 
 
@@ -232,6 +240,9 @@ def read_subjects(args: argparse.Namespace, model: Model) -> tuple[list[Subject]
         if subject.trigger.lower() == word.lower() and known and not said:
             phrase = known if word.lower() in known.lower().split() else f"{known} {word}"
             print(f'clora: hint: {file} suggests the trigger "{known}"; write "{word}={phrase}" to use it', file=sys.stderr)
+        elif subject.trigger.lower() == word.lower() and said and args.method == "clora" and known.lower() != word.lower():
+            print(f'clora: hint: the prompt says "{known}" to every LoRA; write the plain word there and the trigger behind '
+                  '--lora FILE, as "cat=sks cat"', file=sys.stderr)
     style = read_style(model.lora, args.style)
     noted = trigger_words(style[0].metadata) if style else []
     if noted and not any(one.lower() in args.prompt.lower() for one in noted):
@@ -273,6 +284,14 @@ def without_effect(args: argparse.Namespace, recipe: Recipe, steps: int, demo: b
         (tuple({*MASKS} - {"mask_from"} - ({"mask_every"} if recipe.update_stop else set())), composed and never,
          f"is for masks, which begin at step {recipe.mask_from}"))
     lines = []
+    turns = -(-steps // recipe.switch_every)
+    if args.method == "switch" and turns < len(args.lora):
+        lines.append(f"--switch-every {recipe.switch_every} leaves {len(args.lora) - turns} of {len(args.lora)} LoRAs "
+                     f"without a turn in {steps} steps")
+    if args.batch > 1 and args.seeds is None:
+        lines.append(f"--batch {args.batch} draws several seeds at once, and there is one; write --seeds 0-{args.batch - 1}")
+    if args.seed < 0 and args.seeds is None:
+        lines.append(f"--seed {args.seed} is a seed like any other here, not a random one")
     for names, idle, why in rules:
         given = {name: getattr(args, name) for name in names if idle and getattr(args, name) not in (None, [], "")}
         flags = [f"--{'no-' if value is False else ''}{name.replace('_', '-')}" for name, value in given.items()
@@ -360,6 +379,8 @@ def run(args: argparse.Namespace) -> None:
     check_device(args.device)
     keep_float32(DTYPES[args.dtype])
     out, place = Path(args.out), args.out
+    if out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and not out.is_dir():
+        raise ValueError(f"--out {args.out} is to be a folder; the image in it is called {args.method}-{seeds[0]}.png")
     try:                                                    # say so now, not after the first image
         writable(out)
         trace = Path(args.trace) if args.trace else None

@@ -18,6 +18,7 @@ SD 1.5), T = 77 tokens. In a batch for the UNet, the rows of a picture stand tog
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -279,7 +280,11 @@ def contrast(unet: UNet, latents: Tensor, timestep: int, plan: Plan, layers: tup
     """
     variants = range(len(plan.prompts))
     # half precision cannot hold the gradient's smallest entries: scale the loss up and the gradient down again
-    scale = 4096.0 if unet.conv_in.weight.dtype == torch.float16 else 1.0
+    kind = latents.device.type
+    mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    automatic = torch.get_autocast_dtype(kind) if mixed else None
+    scale = 4096.0 if torch.float16 in (unet.conv_in.weight.dtype, automatic) else 1.0
+
     def maps_of(chosen: Sequence[int]) -> Tensor:
         rows = [*chosen] if recipe.maps_from == "both" else []
         rows += [v + len(variants) for v in chosen]
@@ -292,7 +297,8 @@ def contrast(unet: UNet, latents: Tensor, timestep: int, plan: Plan, layers: tup
         for one in maps:                                                            # [V, m, n, T]
             groups = [torch.stack([one[v, :, :, token] for v, token in concept]) for concept in plan.concepts]
             groups = [rescale(group) for group in groups] if recipe.rescale_maps else groups
-            losses.append(value := loss(groups, recipe.temperature))
+            with torch.autocast(kind, enabled=False) if mixed else nullcontext():      # maps are float32, and so is the loss
+                losses.append(value := loss(groups, recipe.temperature))
             if not isinstance(value, Tensor) or value.dim() or not value.requires_grad:
                 raise ValueError("loss must return a scalar tensor that was computed from the maps")
         return torch.stack(losses)                                                  # [B]
@@ -357,7 +363,8 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
     Each picture has its own loss and masks, and where the sampler adds noise its own generator of the list: a batch gives
     what its pictures give alone, and `low_memory`, one variant after the other, gives the same result, both to rounding.
     To change the method: `loss`, `make_masks` (for one picture after the other) and `update` take what info_nce_loss,
-    variant_masks and update_latents take and return such tensors (masks may be soft; no pixel without a variant). They are
+    variant_masks and update_latents take and return such tensors (masks may be soft; no pixel without a variant); they may
+    change what they are given. Other layers' maps: replace `unet.map_layers`; all must have one size. The functions are
     not told the step: steps are made one by one, so they may read what their caller noted after the last `yield`. With
     `refine_stop` an update that returns the latents as they are ends the repeats. A sampler is a Scheduler under a name of
     its own in SCHEDULERS. A step's latents may be changed in place: the next step starts from them (examples/).
@@ -403,7 +410,7 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
                     if not moving.any():
                         break
                 before = torch.where(moving, z, before)
-                z = torch.where(moving, update(z, gradient, recipe.alpha), z)
+                z = torch.where(moving, update(z.clone(), gradient, recipe.alpha), z)
                 losses.append(value)
                 updates.append(z)
                 moved.append(moving.flatten())
@@ -432,7 +439,8 @@ def compose(model: Model, plan: Plan, recipe: Recipe, latents: Tensor, generator
                 active = active & (change >= recipe.update_stop).view(-1, 1, 1, 1)
             read_at = i
             if i >= recipe.mask_from:
-                masks = torch.stack([make_masks(one, plan.trigger_tokens, z.shape[2:], recipe) for one in maps]).to(z)
+                tokens, size = plan.trigger_tokens, z.shape[2:]
+                masks = torch.stack([make_masks(one.clone(), tokens, size, recipe) for one in maps]).to(z)
                 expect_masks(masks, (variants, *z.shape[2:]), i)
         noise = blend(cond, masks)
         if guided:

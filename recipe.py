@@ -51,8 +51,8 @@ class Recipe:
     mask_ties: bool = True              # a pixel exactly at the threshold belongs to the mask
     mask_from: int = 0                  # first step with masks; before it the variants are averaged
     mask_every: int = 1                 # steps from one reading of maps and masks to the next
-    dilate: bool = False                # grow the masks by a pixel (the order: dilate, erode, open, close)
-    erode: bool = False                 # shrink the masks by a pixel
+    dilate: bool = False                # grow the masks by a pixel of the maps, 32 in SD 1.5 (then erode, open, close)
+    erode: bool = False                 # shrink the masks by a pixel of the maps
     open: bool = False                  # erode, then dilate: drops specks
     close: bool = False                 # dilate, then erode: fills holes
     switch_every: int = 1               # method switch: steps until the next LoRA's turn

@@ -137,6 +137,11 @@ def subject_map(maps: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
     return divide(own, own.amax((0, 1))).amax(-1)
 
 
+def where_drawn(masks: torch.Tensor) -> torch.Tensor:
+    """Masks [V, h, w] -> bool [V, h, w]: who draws a pixel; of soft masks all that have at least half of the most there."""
+    return masks >= 0.5 * masks.amax(dim=0)
+
+
 def panel(result: np.ndarray, merged: np.ndarray, step: Step, trigger_tokens: Sequence[tuple[int, ...]],
           subjects: Sequence[Subject], masked: bool = True, side: int = 256) -> np.ndarray:
     """One picture that explains a run: per subject its map and mask at `step`, then the result beside plain merging.
@@ -152,7 +157,8 @@ def panel(result: np.ndarray, merged: np.ndarray, step: Step, trigger_tokens: Se
         attention = subject_map(step.maps[0, k + 1], tokens).cpu().numpy()              # [m, n]
         tiles.append(_tile(heat(attention), side, smooth=True))
         labels.append(f'map of "{subject.trigger}"')
-        mask = _tile((step.masks[0, k + 1].cpu().numpy() * 255).astype(np.uint8)[..., None].repeat(3, -1), side) > 127
+        mask = where_drawn(step.masks[0])[k + 1].cpu().numpy()                          # [h, w]
+        mask = _tile((mask * np.uint8(255))[..., None].repeat(3, -1), side) > 127
         colour = np.array(COLOURS[k % len(COLOURS)])
         tiles.append(np.where(mask, 0.55 * picture + 0.45 * colour, grey).astype(np.uint8))
         labels.append(f"its mask: {mask.mean():.0%}" if masked else "no masks at this step")
@@ -205,12 +211,12 @@ def _step_facts(step: Step, plan: Plan) -> dict:
     masks [h, w], bit k set where subject k draws.
     """
     assert step.maps is not None and step.masks is not None
-    masks = step.masks[0].float().cpu()                                             # [V, h, w]
+    masks = where_drawn(step.masks[0]).cpu()                                        # bool [V, h, w]
     maps = torch.stack([torch.stack([subject_map(step.maps[0, v], [token for u, token in concept if u == v])
                                      for concept in plan.concepts]) for v in range(len(masks))])      # [V, K, m, n]
     bits = sum(mask.to(torch.uint8) << k for k, mask in enumerate(masks[1:]))
     return {"timestep": step.timestep, "losses": [loss.item() for loss in step.losses],
-            "areas": masks.mean((1, 2)).tolist(), "overlap": (masks[1:].sum(0) > 1).float().mean().item(),
+            "areas": masks.float().mean((1, 2)).tolist(), "overlap": (masks[1:].sum(0) > 1).float().mean().item(),
             "maps": _base64((rescale(maps) * 255).round().byte().cpu().numpy().tobytes()),
             "masks": _base64(bits.numpy().tobytes())}
 

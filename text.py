@@ -133,6 +133,8 @@ def write_prompts(text: TextEncoder, prompt: str, subjects: Sequence[Any], metho
     words = [subject.word.lower() for subject in subjects]
     for subject in subjects:
         text.find(prompt, subject.word)
+        if not subject.trigger.strip():
+            raise ValueError(f'the trigger for "{subject.word}" is empty')
         if words.count(subject.word.lower()) > 1:
             raise ValueError(f'two LoRAs are given for the subject "{subject.word}"; each needs a word of its own')
     if method == "base" or not subjects:
@@ -143,6 +145,10 @@ def write_prompts(text: TextEncoder, prompt: str, subjects: Sequence[Any], metho
         for subject in subjects:
             text.expect_read(subject.trigger, text.positions(everyone, subject.trigger))
         return (everyone,) * (1 if method == "merge" else len(subjects)), (), ()
+    for subject in subjects:
+        for word in (other.word for other in subjects if other is not subject):
+            if text.positions(subject.trigger, word):
+                raise ValueError(f'the trigger "{subject.trigger}" holds "{word}", another LoRA\'s word; write it without')
     prompts = (prompt, *(swap_words(prompt, {subject.word: subject.trigger}) for subject in subjects))
 
     def tokens(v: int, k: int) -> tuple[int, ...]:

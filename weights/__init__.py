@@ -332,6 +332,9 @@ def split_weight(text: str) -> tuple[str, float | None]:
     if match := re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)", text, re.IGNORECASE):
         if abs(float(match[2])) > 1e4:
             raise ValueError(f"{text}: the weight of a LoRA must be between -10000 and 10000")
+        file, _, another = match[1].rpartition(":")
+        if os.path.isfile(file) and not os.path.lexists(match[1]):
+            raise ValueError(f"{text} has two weights; one is for UNet and text encoder alike: write {file}:{another}")
         return match[1], float(match[2])
     path, _, weight = text.rpartition(":")
     if path and os.path.isfile(path):

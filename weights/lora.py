@@ -428,15 +428,17 @@ def describe(path: str | Path) -> dict[str, str]:
             alphas.add(round(file.tensor(key).item(), 4))
         if part == "down" and re.search("attn2_to_[kv]$", layer):
             widths |= set(file.shapes[key][1:2])
-    noted = [file.config.get("unet.lora_alpha"), file.config.get("text_encoder.lora_alpha"),
-             file.metadata.get("ss_network_alpha")]
+    # PEFT's settings count; what kohya-ss notes of its training does not, without the keys
+    peft = dict.fromkeys(str(file.config[f"{half}.lora_alpha"]) for half in ("unet", "text_encoder")
+                         if f"{half}.lora_alpha" in file.config)
+    trained = f" (its training says {said})" if (said := file.metadata.get("ss_network_alpha")) else ""
     counts = Counter((half, next(kind for kind, names in LAYERS.items() if re.search(names, name))) for half, name in layers)
     base = [file.metadata.get(key, "") for key in ("ss_base_model_version", "ss_sd_model_name", "modelspec.architecture")]
     lines = {
         "format": file.format(),
         "rank": ", ".join(map(str, sorted(ranks))) or "full",
         "alpha": ", ".join(f"{alpha:g}" for alpha in sorted(alphas))
-                 or next((str(alpha) for alpha in noted if alpha is not None), "not noted, so the rank"),
+                 or ", ".join(peft) or f"not in the file, so the rank{trained}",
         "layers": "; ".join(f"{half}: " + ", ".join(f"{counts[half, kind]} {kind}" for kind in LAYERS if counts[half, kind])
                             for half in ("UNet", "text encoder") if any(one == half for one, _ in counts)),
         "made for": _first(FAMILIES, file.described) or ("SD 1.x" if widths == {768} else ""),
