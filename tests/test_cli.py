@@ -262,6 +262,13 @@ def test_recipe_flags_cover_every_setting():
     (["--style", STYLE, "--style", CAT], "--style is given twice"), (["--lora", CAT], "write --lora FILE SUBJECT=TRIGGER"),
     (["--seed", "0-3"], "several are --seeds"), (["--lora", f"{CAT}:0,8", "fox"], '"0,8" is no weight; write it as'),
     (["--prompt", "two cats and a dog"], 'name "cats" or write spaces around it'),
+    (["--lora", CAT, "fox=sks fox:0.8"], "a weight stands behind the file"), (["--lora", CAT, "fox:1"], "behind the file"),
+    (["--lora", f"{CAT}:0.8:0.5", "fox"], f"has two weights; one is for UNet and text encoder alike: write {CAT}:0.8"),
+    (["--lora", CAT, "cow=sks dog", "--prompt", "a cat, a dog, a cow"], 'the trigger "sks dog" holds "dog", another LoRA'),
+    (["--negative-prompt", "bad"], "is --negative"), (["--cfg-scale", "7"], "guidance is --guidance"),
+    (["--guidance-scale", "7"], "guidance is --guidance"), (["--sampler", "ddim"], "the sampler is --scheduler"),
+    (["--num-inference-steps", "9"], "steps are --steps"), (["--size", "512x512"], "the size is --height and --width"),
+    (["a", "cat"], "put what has spaces in quotes"),
     (["--batch", "0"], "--batch"), (["--uncond-from", "base", "--maps-from", "both"], "--maps-from")])
 def test_bad_input_is_one_line_and_exit_code_2(arguments, word, tmp_path, capsys):
     assert word in refused(capsys, tmp_path / "out", *TWO, *arguments)
@@ -284,6 +291,9 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, word, tmp_path, capsys
     (["--mask-from", "3", "--dilate", "--scheduler", "pndm"], ""),
     (["--refine-at=3", "--update-until=3", "--scheduler=pndm"], ""),
     (["--refine-at", "", "--refine-steps", "7"], "--refine-steps is for --refine-at"),
+    (["--method", "switch", "--switch-every", "3"], "--switch-every 3 leaves 1 of 2 LoRAs without a turn in 3 steps"),
+    (["--batch", "4"], "write --seeds 0-3"), (["--batch", "4", "--seeds", "0-1"], ""),
+    (["--seed", "-1"], "--seed -1 is a seed like any other here"), (["--seeds", "7"], ""),
     (["--prompt", "a sks cat and a dog"], 'says "sks cat" already'),
     (["--prompt", "a sks cat and a dog", "--method", "base"], "--lora is for other methods"),
     (["--prompt", "a (cat:1.3) and a dog"], '"(cat:1.3)" is read as plain words'),
@@ -310,6 +320,21 @@ def test_what_the_embedded_model_is_given(tmp_path, capsys):
     for prompt, hints in (("a ball", 1), ("a ball, Ink style", 0)):
         assert cli.main(["--prompt", prompt, *small, "--out", str(tmp_path)]) == 0
         assert capsys.readouterr().err.count('suggests the trigger "ink"; write that into the prompt') == hints
+
+
+def test_a_trigger_in_the_prompt_itself(tmp_path, capsys):
+    """Every LoRA and the base model would read it; merging alone is done that way."""
+    capsys.readouterr()
+    zib = ["--lora", str(cli.TOY / "loras/zib.safetensors"), "ball", "--steps", "1", "--quiet", "--out", str(tmp_path)]
+    for prompt, method, hint in (("a zib ball", "clora", 'the prompt says "zib" to every LoRA'), ("a zib ball", "merge", ""),
+                                 ("a ball", "clora", 'write "ball=zib ball" to use it')):
+        assert cli.main(["--prompt", prompt, "--method", method, *zib]) == 0
+        assert hint in (said := capsys.readouterr().err) and len(said.splitlines()) == bool(hint), said
+
+
+def test_a_picture_is_no_folder(tmp_path, capsys):
+    message = refused(capsys, tmp_path / "out", *TWO, "--out", str(tmp_path / "cat.png"))
+    assert "cat.png is to be a folder; the image in it is called clora-0.png" in message
 
 
 def test_updates_of_one_lora_are_named(tmp_path, capsys):

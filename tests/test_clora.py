@@ -568,6 +568,44 @@ def test_an_update_of_ones_own():
     assert torch.equal(ours, theirs)
 
 
+def test_functions_of_ones_own_may_change_what_they_are_given():
+    """In place: the steps that were yielded stay as they were, and so do pictures whose repeats have ended."""
+    model, plan = tiny_model()
+    recipe = Recipe(steps=3, refine_at=(0,), refine_steps=3, refine_stop=0.02)
+
+    def update(latents: Tensor, gradient: Tensor, alpha: float) -> Tensor:
+        return latents.sub_(alpha * gradient)
+
+    def masks(maps: Tensor, *others) -> Tensor:
+        made = clora.variant_masks(maps, *others)
+        maps.zero_()
+        return made
+    noise = torch.randn(2, 4, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = list(clora.compose(model, plan, recipe, noise))
+    for one, other in zip(expected, list(clora.compose(model, plan, recipe, noise, update=update, make_masks=masks))):
+        assert torch.equal(one.latents, other.latents) and torch.equal(one.maps, other.maps)
+        assert all(map(torch.equal, one.updates, other.updates))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_loss_is_exact_under_autocast(dtype):
+    """As it is for a model that was loaded in half precision, with the gradient's small entries."""
+    torch.manual_seed(0)
+    unet, plan, z = UNet(TINY).eval().requires_grad_(False), tiny_plan(dtype=torch.float32), torch.randn(1, 4, 6, 8)
+    layers = unet.map_layers(1)
+
+    def small(groups, temperature):
+        return 1e-4 * clora.info_nce_loss(groups, temperature)
+    for loss in (clora.info_nce_loss, small):
+        value, expected = clora.contrast(unet, z, 500, plan, layers, Recipe(), loss=loss)
+        with torch.autocast("cpu", dtype):
+            mixed, gradient = clora.contrast(unet, z, 500, plan, layers, Recipe(), loss=loss)
+        assert mixed.dtype == gradient.dtype == torch.float32
+        # bfloat16 would have 1.0078, 1.0156 and so on
+        assert mixed.item() != mixed.bfloat16().item() and mixed.item() == pytest.approx(value.item(), rel=2e-3)
+        assert ((gradient - expected).norm() / expected.norm()).item() < (0.05 if dtype == torch.float16 else 0.2)
+
+
 def test_a_model_without_maps_at_its_level():
     model, plan = tiny_model()
     for level in (2, 7, -1):

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -275,6 +276,22 @@ def test_what_the_page_says_is_so(flags, shown, unsaid, tmp_path):
     assert not seen["errors"] and all(words in seen["text"] for words in shown), seen["text"]
     assert not any(words in seen["text"] for words in unsaid)
     assert not any("without a LoRA" in label for label in seen["labels"])
+
+
+def test_soft_masks_are_shown_as_who_draws():
+    """Masks of one's own may be soft or above 1: bits of one subject must not become those of another."""
+    soft = torch.tensor([[0.1, 0.0, 0.5], [0.9, 2.0, 0.0], [0.0, 3.0, 0.4]]).view(1, 3, 1, 3)         # base, two subjects
+    step = clora.Step(0, 1, *[torch.zeros(1, 4, 1, 3)] * 3, torch.rand(1, 3, 1, 3, 77), soft)
+    concepts = tuple(tuple((v, token) for v in range(3)) for token in (1, 2))
+    plan = clora.Plan(("",) * 3, torch.zeros(6, 77, 8), torch.zeros(6, 2), concepts, ((1,), (2,)))
+    facts = report._step_facts(step, plan)
+    assert list(base64.b64decode(facts["masks"])) == [0b01, 0b11, 0b10]
+    assert facts["areas"] == pytest.approx([1 / 3, 2 / 3, 2 / 3]) and facts["overlap"] == pytest.approx(1 / 3)
+    subjects = [clora.Subject(load_model(GOLDEN / "model").lora(CAT), "cat", "cat")] * 2
+    picture = np.zeros((8, 24, 3), np.uint8)
+    one, other = (report.panel(picture, picture, replace(step, masks=masks), ((1,), (2,)), subjects)
+                  for masks in (torch.full_like(soft, 1.01), torch.ones_like(soft)))
+    assert np.array_equal(one, other)
 
 
 def test_no_label_of_the_panel_is_cut_and_eight_tiles_stand_in_a_row():
