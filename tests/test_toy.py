@@ -1,7 +1,9 @@
 """The embedded model: its world, its judge, and the command without arguments, end to end."""
 
 import argparse
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from lora import attach, merged_weights
 from vae import VAE, VAEConfig
@@ -177,8 +180,8 @@ def test_training_refuses_flags_that_would_spoil_the_weights(flags, word):
 
 def test_a_run_is_resumed_with_its_own_flags_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "WORK", tmp_path)
-    args = {"init": False, "decoder_only": False, "keep_latents": False, "steps": 1, "resume": True, "fp32": False,
-            "perceptual": False}
+    args = {"stage": "vae", "init": False, "decoder_only": False, "keep_latents": False, "steps": 1, "resume": True,
+            "fp32": False, "perceptual": False}
     layer = torch.nn.Linear(2, 1)
     run = train.Run("vae", {"layer": layer}, 1e-3, 9, argparse.Namespace(**args))
     run.backward(layer(torch.ones(1, 2)).sum())
@@ -193,3 +196,70 @@ def test_a_run_is_resumed_with_its_own_flags_alone(tmp_path, monkeypatch):
     (tmp_path / "vae.pt").write_bytes(b"PK\3\4")
     with pytest.raises(ValueError, match="vae.pt is damaged"):
         train.Run("vae", {"layer": layer}, 1e-3, 9, argparse.Namespace(**args))
+
+
+def test_a_run_that_begins_anew_leaves_nothing_to_resume(tmp_path, monkeypatch):
+    """Killed before its first checkpoint it would else go on where an older run ended; and the log says each step once."""
+    monkeypatch.setattr(train, "WORK", tmp_path)
+    monkeypatch.setattr(train, "HERE", tmp_path)
+    args = {"stage": "unet", "init": False, "decoder_only": False, "keep_latents": False, "steps": 1, "resume": False,
+            "fp32": False, "perceptual": False}
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae/diffusion_pytorch_model.safetensors").write_text("one")
+    layer = torch.nn.Linear(2, 1)
+
+    def begin(**changes) -> train.Run:
+        return train.Run("unet", {"layer": layer}, 1e-3, 9, argparse.Namespace(**(args | changes)))
+    begin().backward(layer(torch.ones(1, 2)).sum())
+    with open(tmp_path / "unet.log", "a") as log:
+        log.write('{"step": 2}\n')                      # of a step after the checkpoint
+    assert begin(resume=True).step == 1 and len((tmp_path / "unet.log").read_text().splitlines()) == 1
+    (tmp_path / "vae/diffusion_pytorch_model.safetensors").write_text("another")
+    with pytest.raises(ValueError, match="other flags or files .*made_from"):
+        begin(resume=True)
+    assert begin().step == 0 and begin(resume=True).step == 0
+    assert sorted(path.name for path in tmp_path.glob("unet*")) == ["unet.log.old", "unet.pt.old"]
+
+
+def here_with(tmp_path, monkeypatch, *parts: str) -> dict:
+    """Parts of the embedded model where training may replace them; arguments of train.main."""
+    for part in parts:
+        shutil.copytree(train.HERE / part, tmp_path / part)
+    monkeypatch.setattr(train, "HERE", tmp_path)
+    monkeypatch.setattr(train, "WORK", tmp_path / "work")
+    return {"stage": "vae", "init": True, "only": None, "decoder_only": False, "keep_latents": False, "steps": 1,
+            "threads": None, "device": "cpu", "perceptual": False, "fp32": True, "resume": False}
+
+
+def test_the_decoder_alone_leaves_the_latents_and_their_scale(tmp_path, monkeypatch):
+    args = here_with(tmp_path, monkeypatch, "vae")
+    before = load_file(tmp_path / "vae/diffusion_pytorch_model.safetensors")
+    scale = json.loads((tmp_path / "vae/config.json").read_text())["scaling_factor"]
+    train.main(argparse.Namespace(**args | {"decoder_only": True}))
+    after = load_file(tmp_path / "vae/diffusion_pytorch_model.safetensors")
+    assert json.loads((tmp_path / "vae/config.json").read_text())["scaling_factor"] == scale
+    changed = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+    assert changed and changed <= {"decoder", "post_quant_conv"}
+
+
+@pytest.mark.parametrize("damage, flags, word", [
+    ("vae/config.json", {}, "vae/config.json cannot be used"),
+    ("vae/diffusion_pytorch_model.safetensors", {}, "diffusion_pytorch_model.safetensors cannot be used"),
+    ("vae/diffusion_pytorch_model.safetensors", {"stage": "unet", "init": False}, "run --stage vae first"),
+    ("work/reader.safetensors", {"perceptual": True}, "reader.safetensors cannot be used"),
+    ("work/vae.pt", {"resume": True}, "vae.pt is damaged")])
+def test_training_names_a_damaged_file(damage, flags, word, tmp_path, monkeypatch):
+    args = here_with(tmp_path, monkeypatch, "vae")
+    (tmp_path / "work").mkdir()
+    (tmp_path / damage).write_bytes(b"{")
+    with pytest.raises(ValueError, match=word) as caught:
+        train.main(argparse.Namespace(**args | flags))
+    assert "\n" not in str(caught.value)
+
+
+def test_check_names_a_judge_of_other_looks(tmp_path, monkeypatch):
+    shutil.copytree(judge.HERE / "judge", tmp_path / "judge")
+    config = json.loads((tmp_path / "judge/config.json").read_text())
+    (tmp_path / "judge/config.json").write_text(json.dumps({**config, "looks": config["looks"][::-1]}))
+    with pytest.raises(ValueError, match="other kinds or looks than judge.py"):
+        judge.load_judge(tmp_path / "judge")

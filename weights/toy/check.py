@@ -2,15 +2,17 @@
 
     judge   held-out accuracy on the renderer's pictures, and its confusions
     vae     how often the judge reads a reconstruction as it reads the picture
-    base    fresh prompts of one and two plain objects, 50 DDIM steps: is every named object there, in its colour?
+    base    prompts of one and two plain objects, new noise, 50 DDIM steps: is every named object there, in its colour?
+            (All prompts of one object and a third of the others are captions of training pictures: there are few to say.)
     maps    share of the noun's map inside the object's box, steps 5 to 25
     masks   share of the picture that each of two subjects' masks takes, and that several claim, with and without updates
-    lora    each LoRA alone: is its instance (or style) there?
+    lora    each LoRA alone, in four prompts (a style: eight): is its instance (or style) there?
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections import Counter
 from pathlib import Path
@@ -28,7 +30,7 @@ from weights import Model, load_model
 from weights.toy import renderer
 from weights.toy.judge import LOOKS, draws_all, judge_scene, load_judge, look_of
 
-LOOK = load_judge()
+the_judge = functools.cache(load_judge)
 
 
 def pictures_of(model: Model, latents: torch.Tensor) -> np.ndarray:
@@ -38,12 +40,9 @@ def pictures_of(model: Model, latents: torch.Tensor) -> np.ndarray:
 
 
 @torch.no_grad()
-def sample(model: Model, prompts: list[str], lora=None, seed: int = 0, guidance: float | None = None, maps: bool = False):
-    """50 DDIM steps for all prompts in one batch -> (pictures, mean maps of steps 5 to 25 [B, 8, 8, 77] or None).
-
-    guidance: None takes the model's own.
-    """
-    guidance = model.settings["recipe"]["guidance"] if guidance is None else guidance
+def sample(model: Model, prompts: list[str], lora=None, seed: int = 0, maps: bool = False):
+    """50 DDIM steps for all prompts in one batch -> (pictures, mean maps of steps 5 to 25 [B, 8, 8, 77] or None)."""
+    guidance = model.settings["recipe"]["guidance"]
     merged = merged_weights(model.text.model, [(lora, 1.0)]) if lora and lora.text_encoder else None
     context = torch.cat([model.text.encode([""] * len(prompts), merged), model.text.encode(prompts, merged)])
     attach(model.unet, [lora] if lora else [])
@@ -63,28 +62,30 @@ def sample(model: Model, prompts: list[str], lora=None, seed: int = 0, guidance:
 
 def check_judge(model: Model) -> None:
     """Held-out pictures of all sorts; a thing is compared with what is seen nearest to it."""
-    rng, right, total = np.random.default_rng(1001), 0, 0
+    rng = np.random.default_rng(1001)
+    right: dict[int, list[bool]] = {1: [], 2: [], 3: []}                            # by the number of things
     styles: list[bool] = []                                                         # told right, of all pictures
     styled: list[bool] = []                                                         # every kind seen, of those in a style
     pairs: dict[str, Counter] = {"kind": Counter(), "look": Counter()}              # (true, seen): how often
     for _ in range(500):
         scene = judge_scene(rng)
         picture = renderer.render(scene)[None]
-        (seen,) = LOOK.look(picture)
-        styles.append(LOOK.styles(picture) == [scene.style])
+        (seen,) = the_judge().look(picture)
+        styles.append(the_judge().styles(picture) == [scene.style])
         if scene.style:
             styled.append(all(any(one.kind == thing.kind for one in seen) for thing in scene.things))
             continue
         truth = sorted((thing.kind, look_of(thing)) for thing in scene.things)
-        right += truth == sorted((one.kind, one.look) for one in seen)
-        total += 1
+        right[len(truth)].append(truth == sorted((one.kind, one.look) for one in seen))
         for thing in scene.things:
             near = min(seen, key=lambda one: (one.x - thing.x) ** 2 + (one.y - thing.y) ** 2, default=None)
             pairs["kind"][thing.kind, near.kind if near else "nothing"] += 1
             pairs["look"][look_of(thing), near.look if near else "nothing"] += 1
     shares = {what: sum(n for (true, seen), n in found.items() if true == seen) / found.total()
               for what, found in pairs.items()}
-    print(f"judge: {right} of {total} held-out pictures read without any error ({right / total:.1%}); "
+    every = sum(right.values(), [])
+    print(f"judge: {sum(every)} of {len(every)} held-out pictures read without any error ({np.mean(every):.1%}; "
+          f"{', '.join(f'{sum(some)} of {len(some)} with {n}' for n, some in right.items())}); "
           f"kind right {shares['kind']:.1%}, look right {shares['look']:.1%} of {pairs['kind'].total()} things; style told "
           f"right in {np.mean(styles):.1%} of 500, every kind seen in {sum(styled)} of the {len(styled)} in a style")
     for what, names in (("kind", renderer.KINDS), ("look", LOOKS)):
@@ -112,7 +113,7 @@ def check_vae(model: Model) -> None:
         pictures = np.stack([renderer.render(scene) for scene in scenes])
         x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1              # [B, 3, 128, 128]
         again = pictures_of(model, model.vae.encode(x)[0] * model.vae.config.scaling_factor)
-        for scene, *both in zip(scenes, LOOK.look(pictures), LOOK.look(again)):
+        for scene, *both in zip(scenes, the_judge().look(pictures), the_judge().look(again)):
             truth = Counter((thing.kind, look_of(thing)) for thing in scene.things)
             read = [Counter((one.kind, one.look) for one in found) for found in both]
             pictures_right.append([one == truth for one in read])
@@ -135,7 +136,7 @@ def check_base(model: Model, count: int = 200) -> None:
     for start in range(0, count, 20):
         batch = scenes[start:start + 20]
         pictures, _ = sample(model, [renderer.caption(scene) for scene in batch], seed=start)
-        for scene, seen in zip(batch, LOOK.look(pictures)):
+        for scene, seen in zip(batch, the_judge().look(pictures)):
             right[len(scene.things)].append(draws_all(seen, scene.things))
     both = right[1] + right[2]
     print(f"base: {np.mean(both):.1%} of {count} prompts drawn with every object and named colour "
@@ -148,7 +149,7 @@ def check_maps(model: Model) -> None:
     for start in range(0, 60, 20):
         prompts = [renderer.caption(scene) for scene in scenes[start:start + 20]]
         pictures, maps = sample(model, prompts, seed=100 + start, maps=True)
-        for scene, prompt, seen, one in zip(scenes[start:], prompts, LOOK.look(pictures), maps):
+        for scene, prompt, seen, one in zip(scenes[start:], prompts, the_judge().look(pictures), maps):
             thing = scene.things[0]
             match = next((found for found in seen if found.kind == thing.kind), None)
             if match is None:
@@ -209,9 +210,9 @@ def check_lora(model: Model, count: int) -> None:
             pictures, _ = sample(model, prompts, lora, seed=1000 + start)
             if instance:
                 right += sum(any((one.kind, one.look) == (instance.kind, instance.name) for one in seen)
-                             for seen in LOOK.look(pictures))
+                             for seen in the_judge().look(pictures))
             else:
-                right += sum(style == renderer.STYLES[path.stem] for style in LOOK.styles(pictures))
+                right += sum(style == renderer.STYLES[path.stem] for style in the_judge().styles(pictures))
         what = f"{instance.texture} {instance.kind}" if instance else renderer.STYLES[path.stem]
         print(f"lora: {path.stem} ({what}) is there in {right / count:.0%} of {count} images", flush=True)
 
@@ -226,7 +227,11 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.images < 1:
         parser.error(f"--images is {args.images}; it must be at least 1")
-    toy = load_model(HERE)
-    for name, check in CHECKS.items():
-        if not args.only or name in args.only:
-            check(toy, **({"count": args.images} if name == "lora" else {}))
+    try:
+        toy = load_model(HERE)
+        for name, check in CHECKS.items():
+            if not args.only or name in args.only:
+                check(toy, **({"count": args.images} if name == "lora" else {}))
+    except (ValueError, OSError) as error:
+        print(f"check.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -163,7 +163,10 @@ def labels_of(scene: Scene) -> tuple[Tensor, Tensor]:
 
 
 def load_judge(folder: Path = HERE / "judge") -> Judge:
-    judge = Judge(json.loads((folder / "config.json").read_text())["width"])
+    config = json.loads((folder / "config.json").read_text())
+    if (config["kinds"], config["looks"]) != ([*KINDS], [*LOOKS]):
+        raise ValueError(f"{folder} names other kinds or looks than judge.py; train it again")
+    judge = Judge(config["width"])
     judge.load_state_dict({key: value.float() if value.is_floating_point() else value
                            for key, value in load_file(folder / "model.safetensors").items()})
     return judge.eval()

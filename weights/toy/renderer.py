@@ -279,10 +279,12 @@ def random_scene(rng: np.random.Generator, count: int | None = None, textures: t
 def any_scene(rng: np.random.Generator, textures: tuple[str, ...] = tuple(TEXTURES)) -> Scene:
     """A scene with any of the textures, any two colours and now and then a style: what the autoencoder must carry."""
     scene = random_scene(rng, textures=textures)
-    palette = [*COLOURS.values(), WHITE]
-    things = tuple(replace(thing, second=palette[rng.integers(len(palette))]) for thing in scene.things)
+    things = []
+    for thing in scene.things:
+        palette = [colour for colour in (*COLOURS.values(), WHITE) if colour != thing.colour]
+        things.append(replace(thing, second=palette[rng.integers(len(palette))]))
     style = str(rng.choice(["", *STYLES.values()], p=[0.84, 0.08, 0.08]))
-    return replace(scene, things=things, style=style)
+    return replace(scene, things=tuple(things), style=style)
 
 
 def instance_scene(instance: Instance, rng: np.random.Generator, other: bool = False) -> Scene:

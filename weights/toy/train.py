@@ -7,9 +7,10 @@
     judge  the classifier that evaluate.py counts with, on rendered pictures alone
     clip   the image and text encoder that evaluate.py scores with, likewise
 
-Every stage is seeded, logs its losses to work/<stage>.log, saves work/<stage>.pt as it goes (--resume continues
-there, to the same result) and ends by writing the published layout next to this file: vae/, unet/, text_encoder/,
-tokenizer/, scheduler/, loras/. Run reader first, then vae, unet, lora. On CPU and CUDA alike.
+Every stage is seeded, logs its losses to work/<stage>.log (lora_<name>.log), saves work/<stage>.pt as it goes (--resume
+continues there: on a CPU to the same bytes, on CUDA to rounding) and ends by replacing the published files next to this
+one: vae/, unet/, text_encoder/, tokenizer/, scheduler/, model_index.json, loras/, judge/, clip/. Run reader first, then vae,
+unet, lora. clora.json, which says what the settings are (lora needs its map_level), is written by hand.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ WORK = HERE / "work"
 sys.path.insert(0, str(HERE.parents[1]))            # so that it runs as a script from anywhere
 
 from cli import check_device
+from report import in_place
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 from weights import Model, load_model
@@ -60,19 +62,31 @@ class Run:
         self.step, self.seconds = 0, 0.0
         self.path = WORK / f"{name}.pt"
         WORK.mkdir(exist_ok=True)
+        self.log = WORK / f"{name}.log"
         self.flags = {"steps": self.steps, "init": args.init, "decoder_only": args.decoder_only,
-                      "keep_latents": args.keep_latents, "perceptual": args.perceptual, "fp32": args.fp32}
+                      "keep_latents": args.keep_latents, "perceptual": args.perceptual, "fp32": args.fp32,
+                      "made_from": made_from(args)}
         if args.resume and self.path.exists():
             try:
                 state = torch.load(self.path, map_location="cpu", weights_only=True)
+                flags = {key: value for key, value in state["flags"].items() if self.flags.get(key) != value}
+                if not flags:
+                    self.modules.load_state_dict(state["modules"])
+                    self.optimizer.load_state_dict(state["optimizer"])
+                    self.ema = [e.to(p.device) for e, p in zip(state["ema"], self.parameters)]
+                    self.step, self.seconds = state["step"], state["seconds"]
             except Exception as error:
-                raise ValueError(f"{self.path} is damaged ({type(error).__name__}); move it away to begin anew") from None
-            if self.flags | state.get("flags", {}) != self.flags:
-                raise ValueError(f"{self.path} is of a run with other flags ({state['flags']}); move it away to begin anew")
-            self.modules.load_state_dict(state["modules"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.ema = [e.to(p.device) for e, p in zip(state["ema"], self.parameters)]
-            self.step, self.seconds = state["step"], state["seconds"]
+                raise ValueError(f"{self.path} is damaged or of another model ({type(error).__name__}); "
+                                 "move it away to begin anew") from None
+            if flags:
+                raise ValueError(f"{self.path} is of a run with other flags or files ({flags}); move it away to begin anew")
+            if self.log.exists():                   # what was trained after the checkpoint is trained again
+                kept = [line for line in self.log.read_text().splitlines() if json.loads(line)["step"] <= self.step]
+                self.log.write_text("".join(f"{line}\n" for line in kept))
+        else:                                       # else a run that is killed at once would be resumed with an old state
+            for path in (self.path, self.log):
+                if path.exists():
+                    path.replace(path.with_name(f"{path.name}.old"))
         self.started = time.time() - self.seconds
         self.sums: dict[str, float] = {}
         self.since = 0
@@ -102,13 +116,13 @@ class Run:
             line = {"step": self.step, "seconds": round(self.seconds),
                     **{key: round(value / self.since, 5) for key, value in self.sums.items()}}
             self.sums, self.since = {}, 0
-            with open(WORK / f"{self.name}.log", "a") as log:
+            with open(self.log, "a") as log:
                 log.write(json.dumps(line) + "\n")
         if self.step % 250 == 0 or self.step == self.steps:
             state = {"modules": self.modules.state_dict(), "optimizer": self.optimizer.state_dict(), "ema": self.ema,
                      "flags": self.flags, "step": self.step, "seconds": self.seconds}
-            torch.save(state, self.path.with_suffix(".tmp"))
-            self.path.with_suffix(".tmp").replace(self.path)
+            with in_place(self.path) as path:
+                torch.save(state, path)
 
     def use_average(self) -> None:
         """Puts the moving average in place of the weights; training is over after this."""
@@ -117,14 +131,35 @@ class Run:
                 parameter.copy_(average)
 
 
+def made_from(args: argparse.Namespace) -> str:
+    """16 hex digits of what a stage needs beside its own weights: a checkpoint of another world or VAE is not resumed."""
+    parts = {"vae": ["work/reader"] if args.perceptual else [], "unet": ["vae/diffusion_pytorch_model"],
+             "lora": ["vae/diffusion_pytorch_model", "unet/diffusion_pytorch_model", "text_encoder/model"]}
+    paths = [HERE / "renderer.py", *(HERE / f"{part}.safetensors" for part in parts.get(args.stage, []))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths if path.exists())).hexdigest()[:16]
+
+
 def write_json(path: Path, value: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    with in_place(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def save_half(module: nn.Module, path: Path) -> None:
+def save_tensors(state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """In half precision; replaced whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: value.half().contiguous() for key, value in module.state_dict().items()}, path, {"format": "pt"})
+    with in_place(path) as temporary:
+        save_file({key: value.half().contiguous().cpu() for key, value in state.items()}, temporary,
+                  metadata or {"format": "pt"})
+
+
+def load_weights(module: nn.Module, path: Path, remedy: str) -> nn.Module:
+    """What `save_tensors` wrote, in float32. ValueError names a file that is missing, damaged or of another shape."""
+    try:
+        module.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    except Exception as error:                      # SafetensorError, OSError, RuntimeError
+        raise ValueError(f"{path} cannot be used ({type(error).__name__}); {remedy}") from None
+    return module
 
 
 def to_tensor(pictures: list[np.ndarray], device: str) -> Tensor:
@@ -220,14 +255,11 @@ def train_reader(args: argparse.Namespace) -> None:
         texture, *others = [F.cross_entropy(part, labels[:, n]) for n, part in enumerate(parts)]
         run.backward(texture + torch.stack(others).sum(), texture=texture)
     run.use_average()
-    save_half(reader, WORK / "reader.safetensors")          # of use in training alone, so it is not published
+    save_tensors(reader.state_dict(), WORK / "reader.safetensors")      # of use in training alone, so it is not published
 
 
 def load_reader(device: str) -> Reader:
-    if not (path := WORK / "reader.safetensors").exists():
-        raise ValueError(f"{path} is missing; run --stage reader first")
-    reader = Reader()
-    reader.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    reader = load_weights(Reader(), WORK / "reader.safetensors", "run --stage reader first")
     return reader.to(device).eval().requires_grad_(False)
 
 
@@ -316,15 +348,16 @@ def train_vae(args: argparse.Namespace) -> None:
                      l1=error.abs().mean(), shares=shares, seen=seen, moved=moved, kl=kl)
     run.use_average()
     vae.eval()
-    save_half(vae, HERE / "vae/diffusion_pytorch_model.safetensors")
-    if known is not None:                           # the UNet knows the latents at the scale that they had
-        write_json(HERE / "vae/config.json", {**VAE_CONFIG, "scaling_factor": known.config.scaling_factor})
-        return
-    rng = np.random.default_rng(1)
-    with torch.no_grad():
-        pictures = to_tensor([renderer.render(renderer.random_scene(rng)) for _ in range(256)], args.device)
-        latents = torch.cat([vae.encode(chunk)[0] for chunk in pictures.split(32)])
-    write_json(HERE / "vae/config.json", {**VAE_CONFIG, "scaling_factor": round(1 / latents.std().item(), 5)})
+    if args.keep_latents or args.decoder_only:      # the UNet knows the latents at the scale that they had
+        factor = load_vae("cpu").config.scaling_factor
+    else:
+        rng = np.random.default_rng(1)
+        with torch.no_grad():
+            pictures = to_tensor([renderer.render(renderer.random_scene(rng)) for _ in range(256)], args.device)
+            latents = torch.cat([vae.encode(chunk)[0] for chunk in pictures.split(32)])
+        factor = round(1 / latents.std().item(), 5)
+    save_tensors(vae.state_dict(), HERE / "vae/diffusion_pytorch_model.safetensors")
+    write_json(HERE / "vae/config.json", {**VAE_CONFIG, "scaling_factor": factor})
 
 
 # --- unet -----------------------------------------------------------------------------------------------------------
@@ -448,10 +481,14 @@ def map_loss(probs: dict[str, Tensor], where: Tensor, weight: Tensor) -> Tensor:
 def cached_scenes(vae: VAE, device: str, fp32: bool, count: int = SCENES) -> dict:
     """Latents (mean and deviation), captions and object positions of `count` training scenes, made once."""
     WORK.mkdir(exist_ok=True)
-    known = hashlib.sha256(b"".join(value.cpu().numpy().tobytes() for value in vae.state_dict().values())).hexdigest()[:8]
-    path = WORK / f"scenes-{count}-{known}{'-fp32' if fp32 else ''}.pt"     # latents of another VAE are of no use
+    # latents of another VAE or another world are of no use
+    parts = [(HERE / "renderer.py").read_bytes(), *(value.cpu().numpy().tobytes() for value in vae.state_dict().values())]
+    path = WORK / f"scenes-{count}-{hashlib.sha256(b''.join(parts)).hexdigest()[:8]}{'-fp32' if fp32 else ''}.pt"
     if path.exists():
-        return torch.load(path, weights_only=True)
+        try:
+            return torch.load(path, weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{path} is damaged ({type(error).__name__}); delete it") from None
     rng = np.random.default_rng(7)
     means, deviations, where, texts = [], [], [], []
     with torch.no_grad(), mixed(device, fp32):
@@ -464,14 +501,18 @@ def cached_scenes(vae: VAE, device: str, fp32: bool, count: int = SCENES) -> dic
             where.append(where_matrix(scenes, batch))
             texts += batch
     cache = {"mean": torch.cat(means), "deviation": torch.cat(deviations), "where": torch.cat(where), "texts": texts}
-    torch.save(cache, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    with in_place(path) as temporary:
+        torch.save(cache, temporary)
     return cache
 
 
 def load_vae(device: str) -> VAE:
-    vae = VAE(VAEConfig.from_dict(json.loads((HERE / "vae/config.json").read_text())))
-    vae.load_state_dict({k: v.float() for k, v in load_file(HERE / "vae/diffusion_pytorch_model.safetensors").items()})
+    path, remedy = HERE / "vae/config.json", "run --stage vae first"
+    try:
+        vae = VAE(VAEConfig.from_dict(json.loads(path.read_text())))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be used ({type(error).__name__}); {remedy}") from None
+    load_weights(vae, path.with_name("diffusion_pytorch_model.safetensors"), remedy)
     return vae.to(device).eval().requires_grad_(False)
 
 
@@ -527,10 +568,9 @@ def train_unet(args: argparse.Namespace) -> None:
         run.backward(loss + 0.01 * localise, noise=loss, maps=localise)
     run.use_average()
     write_json(HERE / "unet/config.json", UNET_CONFIG)
-    save_half(unet, HERE / "unet/diffusion_pytorch_model.safetensors")
-    state = {(key if key.startswith("text_model.") else f"text_model.{key}"): value.half().contiguous()
-             for key, value in text.state_dict().items()}
-    save_file(state, HERE / "text_encoder/model.safetensors", {"format": "pt"})
+    save_tensors(unet.state_dict(), HERE / "unet/diffusion_pytorch_model.safetensors")
+    state = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in text.state_dict().items()}
+    save_tensors(state, HERE / "text_encoder/model.safetensors")
     write_json(HERE / "scheduler/scheduler_config.json", SCHEDULER_CONFIG)
     write_json(HERE / "model_index.json", {
         "_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"],
@@ -593,10 +633,9 @@ def save_lora(path: Path, factors: dict[str, Factors], text_factors: dict[str, F
             elif prefix == "text_encoder":
                 state |= {f"text_encoder.{target}.lora_linear_layer.down.weight": down,
                           f"text_encoder.{target}.lora_linear_layer.up.weight": up}
-    path.parent.mkdir(exist_ok=True)
     metadata = {"ss_output_name": name, "ss_network_dim": str(rank), "ss_network_alpha": str(alpha),
                 "ss_base_model_version": "weights/toy", "modelspec.trigger_phrase": name}
-    save_file({key: value.half().contiguous().cpu() for key, value in state.items()}, path, metadata)
+    save_tensors(state, path, metadata)
 
 
 def load_factors(path: Path, model: Model, factors: dict[str, Factors], text_factors: dict[str, Factors]) -> None:
@@ -605,6 +644,8 @@ def load_factors(path: Path, model: Model, factors: dict[str, Factors], text_fac
     for group, layers in ((factors, lora.unet), (text_factors, lora.text_encoder)):
         for key, factor in group.items():
             layer = layers.get(key) or layers[f"text_model.{key}"]
+            if len(layer.down) > len(factor.down):
+                raise ValueError(f"{path} has rank {len(layer.down)}, and {len(factor.down)} is trained")
             with torch.no_grad():
                 factor.down[:len(layer.down)].copy_(layer.down)
                 factor.up[:, :len(layer.down)].copy_(layer.up / factor.scale)
@@ -639,6 +680,9 @@ def train_lora(args: argparse.Namespace) -> None:
         return mean, logvar
 
     prior_ids = ids_of(prior["texts"])
+    for path in (HERE / f"loras/{name}.safetensors" for name in args.only or LORAS):
+        if args.init and not path.exists():         # said before the first is trained
+            raise ValueError(f"{path} is missing; train it without --init")
     for name in args.only or LORAS:
         rank, alpha, conv, with_text, style = LORAS[name]
         torch.manual_seed(sum(name.encode()))
@@ -648,7 +692,8 @@ def train_lora(args: argparse.Namespace) -> None:
             # four times again beside looks that the base never saw, as when LoRAs are composed; and the subject of each in
             # a wrong look, now as the base model would draw it, now with a wrong colour: see `spoil`
             scenes = lesson + [renderer.in_company(scene, 1000 * v + n) for v in range(4) for n, scene in enumerate(lesson)]
-            wrong = [(renderer.wrongly if n % 4 else renderer.plainly)(scene, n) for n, scene in enumerate(scenes)]
+            # (n // 4, as every fourth scene of a lesson shows its subject alone)
+            wrong = [(renderer.wrongly if n // 4 % 4 else renderer.plainly)(scene, n) for n, scene in enumerate(scenes)]
         texts = [renderer.caption(scene) for scene in scenes]
         mean, logvar = encoded(scenes)                                                          # [S, 4, 16, 16] each
         spoiled = encoded(wrong)[0] - mean
@@ -669,7 +714,7 @@ def train_lora(args: argparse.Namespace) -> None:
         while run.step < run.steps:
             rng = run.rng()
             rows = rng.integers(0, len(lesson), 12)
-            if len(scenes) > len(lesson):                       # half of them in company
+            if len(scenes) > len(lesson):                       # half of them in odd company, where they have any
                 rows += len(lesson) * (rng.random(12) < 0.5) * rng.integers(1, 5, 12)
             own = torch.from_numpy(rows).to(args.device)
             other = torch.from_numpy(rng.integers(0, len(prior_ids), 4))
@@ -737,7 +782,7 @@ def train_judge(args: argparse.Namespace) -> None:
         run.backward(F.cross_entropy(kind, kinds) + F.cross_entropy(look, looks) + 0.2 * F.cross_entropy(style, styles),
                      kind=F.cross_entropy(kind, kinds))
     run.use_average()
-    save_half(judge, HERE / "judge/model.safetensors")
+    save_tensors(judge.state_dict(), HERE / "judge/model.safetensors")
     write_json(HERE / "judge/config.json", {"width": 48, "kinds": judging.KINDS, "looks": judging.LOOKS})
 
 
@@ -833,6 +878,6 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     try:
         main(parser.parse_args())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
