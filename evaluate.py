@@ -564,6 +564,9 @@ def bootstrap(values: np.ndarray, groups: np.ndarray, rounds: int = 2000) -> tup
     return float(values.mean()), float(low), float(high)
 
 
+FEW = 5             # groups from which on there are intervals; drawn from fewer they would be far too narrow
+
+
 def interval(values: Sequence[float], groups: Sequence[int]) -> tuple[float, float, float] | None:
     """Mean and 95 % interval (`bootstrap`), None where there can be none: too few groups, or measures that are all the same.
 
@@ -582,7 +585,6 @@ def interval(values: Sequence[float], groups: Sequence[int]) -> tuple[float, flo
     return mean, max(min(mean, 0.0), mean - beyond), min(1.0, mean + beyond)            # a difference may be below 0
 
 
-FEW = 5             # groups from which on there are intervals; drawn from fewer they would be far too narrow
 # figures of the table: heading, key of a result, how it is written
 FIGURES = (("success", "success", "{:.0%}"), ("a subject is missing or looks wrong", "missing", "{:.0%}"),
            ("an object is absent", "absent", "{:.0%}"), ("a texture leaks", "leak", "{:.0%}"),
@@ -826,7 +828,10 @@ def sweep(args: argparse.Namespace, maker: Maker, recipes: dict[str, Recipe], ch
     common = {"code": code_digest(), "model": maker.model.hash, "vae": maker.model.vae_hash, "changes": changes,
               "dtype": str(DTYPES[args.dtype]).removeprefix("torch."), "device": torch.device(args.device).type,
               "batch": args.batch, "low_memory": args.low_memory, "scores": maker.scores}
-    of_column = {column: {"recipe": digest(dataclasses.asdict(recipe))} for column, recipe in recipes.items()}
+    # 1 and 1.0 are the same setting
+    of_column = {column: {"recipe": digest({name: float(value) if type(value) is int else value
+                                            for name, value in dataclasses.asdict(recipe).items()})}
+                 for column, recipe in recipes.items()}
     pictures = set() if args.no_scores else {folder for one in sets for folder in one.get("references", [])}
     digests = {folder: folder_digest(folder) for folder in pictures}
     of_set = []
@@ -844,19 +849,17 @@ def sweep(args: argparse.Namespace, maker: Maker, recipes: dict[str, Recipe], ch
         lines = []
         for line in read_results(folder):
             number = line["set"]
-            here = of_set[number] if isinstance(number, int) and 0 <= number < len(sets) else {}
+            here = of_set[number] if 0 <= number < len(sets) else {}
             stamp = common | of_column.get(line["column"], {}) | here
-            different = [key for key in stamp if line["stamp"].get(key) != stamp[key]]
-            if different and "error" in line:
-                continue                                # nothing was made with them
-            if different:
-                then, now = ("none" if (value := of.get(different[0])) is None else value for of in (line["stamp"], stamp))
-                same = "the same --dino, --clip and --no-scores, or " if different[0] == "scores" else ""
-                what = f"{different[0]} for set {number}" if different[0] in here and different[0] != "set" else \
-                       f"prompt, words or files for set {number}" if different[0] == "set" else different[0]
+            key = next((key for key in stamp if line["stamp"].get(key) != stamp[key]), None)
+            if key is None:
+                lines.append(line)
+            elif "error" not in line:                   # else nothing was made with other settings
+                then, now = ("none" if (value := of.get(key)) is None else value for of in (line["stamp"], stamp))
+                same = "the same --dino, --clip and --no-scores, or " if key == "scores" else ""
+                what = ("prompt, words or files" if key == "set" else key) + (f" for set {number}" if key in here else "")
                 raise ValueError(f"{folder} holds results made with another {what} ({then}, now {now}); "
                                  f"give {same}another --out")
-            lines.append(line)
         return lines
     lines = results()
     done = {image_of(line) for line in lines if "error" not in line}

@@ -349,11 +349,12 @@ def test_lines_that_are_no_results_are_passed_over(tmp_path):
 
 def test_results_of_other_settings_are_not_mixed(here, tmp_path):
     short = ["--prompts", "1", "--seeds", "0", "--methods", "base", "--quiet", "--no-scores", "--out", "r"]
-    assert here(*short, "--set", '{"steps": 2}').returncode == 0
+    for same in ('{"steps": 2, "guidance": 2}', '{"steps": 2, "guidance": 2.0}'):
+        assert here(*short, "--set", same).returncode == 0
     before = (tmp_path / "r/results-0.jsonl").read_bytes()
     done = here(*short, "--set", '{"steps": 3}')
     assert done.returncode == 2 and "changes" in done.stderr
-    done = here(*short, "--set", '{"steps": 2}', "--low-memory")
+    done = here(*short, "--set", same, "--low-memory")
     assert done.returncode == 2 and "another low_memory (False, now True)" in done.stderr
     assert (tmp_path / "r/results-0.jsonl").read_bytes() == before
 
