@@ -237,10 +237,12 @@ def read_subjects(args: argparse.Namespace, model: Model) -> tuple[list[Subject]
         noted = trigger_words(subject.lora.metadata)
         known = next((one for one in noted if word.lower() in one.lower().split()), next(iter(noted), ""))
         said = re.search(rf"(?<!\w){re.escape(known)}(?!\w)", args.prompt, re.IGNORECASE)
-        if subject.trigger.lower() == word.lower() and known and not said:
+        if not known or subject.trigger.lower() != word.lower():
+            continue                                    # nothing to suggest, or the user has chosen
+        if not said:
             phrase = known if word.lower() in known.lower().split() else f"{known} {word}"
             print(f'clora: hint: {file} suggests the trigger "{known}"; write "{word}={phrase}" to use it', file=sys.stderr)
-        elif subject.trigger.lower() == word.lower() and said and args.method == "clora" and known.lower() != word.lower():
+        elif args.method == "clora" and known.lower() != word.lower():
             print(f'clora: hint: the prompt says "{known}" to every LoRA; write the plain word there and the trigger behind '
                   '--lora FILE, as "cat=sks cat"', file=sys.stderr)
     style = read_style(model.lora, args.style)
