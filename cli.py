@@ -236,10 +236,9 @@ def read_subjects(args: argparse.Namespace, model: Model) -> tuple[list[Subject]
         word = subject.word
         noted = trigger_words(subject.lora.metadata)
         known = next((one for one in noted if word.lower() in one.lower().split()), next(iter(noted), ""))
-        said = re.search(rf"(?<!\w){re.escape(known)}(?!\w)", args.prompt, re.IGNORECASE)
         if not known or subject.trigger.lower() != word.lower():
             continue                                    # nothing to suggest, or the user has chosen
-        if not said:
+        if not re.search(rf"(?<!\w){re.escape(known)}(?!\w)", args.prompt, re.IGNORECASE):
             phrase = known if word.lower() in known.lower().split() else f"{known} {word}"
             print(f'clora: hint: {file} suggests the trigger "{known}"; write "{word}={phrase}" to use it', file=sys.stderr)
         elif args.method == "clora" and known.lower() != word.lower():
@@ -292,8 +291,6 @@ def without_effect(args: argparse.Namespace, recipe: Recipe, steps: int, demo: b
                      f"without a turn in {steps} steps")
     if args.batch > 1 and args.seeds is None:
         lines.append(f"--batch {args.batch} draws several seeds at once, and there is one; write --seeds 0-{args.batch - 1}")
-    if args.seed < 0 and args.seeds is None:
-        lines.append(f"--seed {args.seed} is a seed like any other here, not a random one")
     for names, idle, why in rules:
         given = {name: getattr(args, name) for name in names if idle and getattr(args, name) not in (None, [], "")}
         flags = [f"--{'no-' if value is False else ''}{name.replace('_', '-')}" for name, value in given.items()
@@ -443,6 +440,8 @@ def run(args: argparse.Namespace) -> None:
             and model.text.positions(args.prompt, s.trigger)]
     said += [f'"{printable(found[0], 100)}" is read as plain words: a prompt has no weights, switches or embeddings here'
              for text in (args.prompt, args.negative, *(s.trigger for s in subjects)) if (found := FOREIGN.search(text))]
+    if seeds[0] < 0:                                    # elsewhere -1 asks for a random one
+        said.append(f"--seed {seeds[0]} is a seed like any other here, not a random one")
     evaluations = len(make_scheduler(model.scheduler_config, recipe.steps, recipe.scheduler).timesteps)
     for line in (*said, *without_effect(args, recipe, evaluations, demo)):
         print(f"clora: warning: {printable(line, 700)}", file=sys.stderr)
